@@ -1,0 +1,35 @@
+# make train   sets up and trains the default experiment: an agent that never heard of us
+# make test    sets up and runs the tests
+# make check   format, lint, types, and the direction of imports
+VENV ?= .venv
+ARGS ?=
+
+.PHONY: setup train test check format lock clean
+.DEFAULT_GOAL := train
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements/cpu.lock pyproject.toml scripts/setup
+	@scripts/setup $(VENV)
+
+train: setup
+	@$(VENV)/bin/lightning-ray train experiment=calculator $(ARGS)
+
+test: setup
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: setup
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+format: setup
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+
+lock:
+	@scripts/lock
+
+clean:
+	rm -rf outputs .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,21 @@
+"""The errors that every room may raise.
+
+A `UserError` is for the person at the terminal: one line that says what is wrong and what to
+change. Commands print it without a traceback and exit with 2. Everything else is a defect or a
+fault of the machine and keeps its traceback.
+"""
+
+
+class LightningRayError(Exception):
+    """Base of every exception that this package raises on purpose."""
+
+
+class UserError(LightningRayError):
+    """Something the user can mend; the message says what is wrong and what to change."""
+
+
+class InfrastructureError(LightningRayError):
+    """A part of the system failed (an engine, a store, the network), not the agent.
+
+    Never turned into a reward: a rollout that meets one is retried or left out and counted.
+    """
