@@ -5,6 +5,10 @@ length. A sequence is one root-to-leaf path of an attempt's token tree, so a his
 calls share appears once per leaf; each sampled token is `trainable` in exactly one row.
 """
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 SEQUENCE_SCHEMA = pa.schema(
@@ -25,3 +29,24 @@ SEQUENCE_SCHEMA = pa.schema(
         pa.field("advantages", pa.list_(pa.float32()), nullable=False),
     ]
 )
+
+
+def list_arrays(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """A list column as (offsets int64[R + 1], values[T]); row r is values[offsets[r]:offsets[r+1]].
+
+    Offsets start at zero whatever slice of a larger table the column is. Numbers are not copied;
+    booleans, which Arrow keeps as bits, are.
+    """
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # a column without chunks, or one that stays in several
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+    return offsets - offsets[0], values.to_numpy(zero_copy_only=False)
+
+
+def list_column(
+    offsets: npt.NDArray[np.int64], values: npt.NDArray[Any], kind: pa.DataType
+) -> pa.ListArray:
+    """The reverse of `list_arrays`: values of the Arrow type `kind`, split at `offsets`."""
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values, kind))

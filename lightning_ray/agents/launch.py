@@ -1,0 +1,144 @@
+"""Launching agents: the protocol, the cold launcher, the choice, and a check before all else.
+
+Invariant: whatever happens to a run, nothing of its process group outlives it.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lightning_ray.agents.command import fill_command, find_executable, python_script
+from lightning_ray.agents.config import AgentConfig
+from lightning_ray.agents.environment import base_environment
+from lightning_ray.agents.forkserver import ForkServer, Job
+from lightning_ray.agents.grader import load_grader
+from lightning_ray.agents.result import AgentResult
+from lightning_ray.agents.task import Task
+from lightning_ray.errors import InfrastructureError, UserError
+
+
+class Launcher(Protocol):
+    """Runs an agent on tasks. `start` first, `close` last; `run` any number of times at once."""
+
+    async def start(self) -> None:
+        """Make ready to run. Cheap: a few milliseconds.
+
+        Raises:
+            UserError: the agent cannot be run as configured.
+            InfrastructureError: the machine refuses.
+        """
+
+    async def run(self, task: Task, env: Mapping[str, str], timeout_s: float) -> AgentResult:
+        """Run the agent on one task.
+
+        However it ends, its process group is gone by then. Cancelling kills the group and raises
+        `asyncio.CancelledError`.
+
+        Args:
+            env: The attempt's own variables, on top of those that the configuration lists.
+            timeout_s: Seconds until it is asked to stop; shortly after, it is killed.
+
+        Raises:
+            UserError: the task does not fill the command.
+            InfrastructureError: the launcher is closed, or the machine refuses.
+        """
+
+    async def close(self) -> None:
+        """Stop all runs, which end as CANCELLED, and free everything. Harmless when repeated."""
+
+
+class CommandLauncher:
+    """Starts each run as the command it is, in any language.
+
+    A small helper process does the forking: a large, threaded process should not, and the helper
+    clears away every agent should this process die.
+    """
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._cwd = agent_folder(config)
+        self._base_env = base_environment(config)
+        self._server: ForkServer | None = None
+        self._starting = asyncio.Lock()
+        self._closed = False
+
+    async def start(self) -> None:
+        """See `Launcher.start`."""
+        await self._live_server()
+
+    async def run(self, task: Task, env: Mapping[str, str], timeout_s: float) -> AgentResult:
+        """See `Launcher.run`."""
+        argv = fill_command(self._config.command, task)
+        full_env = {**self._base_env, **env}
+        path = find_executable(argv[0], full_env, self._cwd)
+        job = Job(argv=argv, env=full_env, path=path)
+        server = await self._live_server()
+        return await server.run(job, timeout_s, self._config.max_output_bytes)
+
+    async def close(self) -> None:
+        """See `Launcher.close`."""
+        self._closed = True
+        if self._server is not None:
+            await self._server.close()
+
+    async def _live_server(self) -> ForkServer:
+        async with self._starting:
+            if self._closed:
+                raise InfrastructureError(f"agent {self._config.name}: the launcher is closed")
+            if self._server is None or not self._server.alive:
+                if self._server is not None:
+                    await self._server.close()
+                # -I -S: nothing but the standard library, up in 10 ms.
+                command = [sys.executable, "-I", "-S"]
+                self._server = ForkServer(command, self._base_env, self._cwd)
+                await self._server.start()
+            return self._server
+
+
+def agent_folder(config: AgentConfig) -> Path:
+    """The folder that the agent runs in, absolute.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    folder = Path(config.cwd).expanduser() if config.cwd is not None else Path.cwd()
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        raise UserError(f"agent.cwd: no folder {folder}; correct it")
+    return folder
+
+
+def make_launcher(config: AgentConfig) -> Launcher:
+    """The launcher that suits the agent: warm for `python [-u] SCRIPT.py ARG...` on Linux."""
+    # Other systems' libraries are not made to be forked after use.
+    if config.warm_start and sys.platform == "linux" and python_script(config.command) is not None:
+        from lightning_ray.agents.warm import WarmLauncher
+
+        return WarmLauncher(config)
+    return CommandLauncher(config)
+
+
+def check_agent(config: AgentConfig, tasks: Sequence[Task]) -> None:
+    """Find out what is wrong with an agent before anything expensive is started.
+
+    Raises:
+        UserError: no such folder, program or script, a grader that does not load, a task that does
+            not fill the command, or a limit that is not positive.
+    """
+    if not config.command:
+        raise UserError("agent.command is empty; give the agent's command line as a list")
+    if config.timeout_s <= 0 or config.max_output_bytes <= 0:
+        raise UserError("agent.timeout_s and agent.max_output_bytes must be positive")
+    folder = agent_folder(config)
+    env = base_environment(config)
+    for task in tasks:
+        argv = fill_command(config.command, task)
+    if tasks:
+        find_executable(argv[0], env, folder)
+    script = python_script(config.command)
+    if script is not None and not (folder / script.script).is_file():
+        raise UserError(f"agent.command: no script {folder / script.script}; correct the path")
+    load_grader(config.grader)

@@ -1,0 +1,44 @@
+"""How one run of an agent ended and what it printed."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class AgentEnd(StrEnum):
+    """The ways in which a run of an agent can end."""
+
+    EXITED = "exited"
+    """It ended by itself, with an exit code: zero or not."""
+    TIMED_OUT = "timed_out"
+    """It was still running when its time was up, and was stopped."""
+    CANCELLED = "cancelled"
+    """We stopped it, for a reason that is not its own."""
+    KILLED = "killed"
+    """It died of a signal that we did not send."""
+    LAUNCH_FAILED = "launch_failed"
+    """It never ran, or what had started it was lost: a fault of the machinery, not of the agent."""
+
+
+@dataclass(frozen=True)
+class AgentResult:
+    """One run of an agent, as seen from outside."""
+
+    end: AgentEnd
+    exit_code: int | None
+    """0 to 255; None where it did not exit."""
+    signal: int | None
+    """Number of the signal that it died of, ours included; else None."""
+    stdout: str
+    """Decoded as UTF-8, undecodable bytes replaced."""
+    stderr: str
+    """As `stdout`."""
+    seconds: float
+    """Wall clock, from the request to its end."""
+    warm: bool
+    """Whether it was forked from a process that already had its libraries."""
+    truncated: bool
+    """Whether stdout or stderr held more than was kept."""
+    cpu_seconds: float = 0.0
+    """Processor time, user and system, of it and of its children that it waited for."""
+    fault: str = ""
+    """What went wrong with the machinery; set with LAUNCH_FAILED only."""

@@ -1,0 +1,220 @@
+"""Warm starts: a rollout of a Python agent costs a fork, not an interpreter and its imports.
+
+The first run is forked from an empty zygote and reports, when it exits, which libraries it had
+imported. A second zygote imports those, and every later run is forked from it.
+
+Invariant: the agent cannot tell. A library for which an early import would make a difference is
+left to each run (it reads a variable that attempts set), has its output replayed (it prints), or
+makes every start a cold one (it runs a thread); the reason is logged.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
+
+from lightning_ray.agents.command import fill_command, find_executable, python_script
+from lightning_ray.agents.config import AgentConfig
+from lightning_ray.agents.environment import base_environment
+from lightning_ray.agents.forkserver import ForkServer, Job
+from lightning_ray.agents.launch import CommandLauncher, agent_folder
+from lightning_ray.agents.result import AgentEnd, AgentResult
+from lightning_ray.agents.task import Task
+from lightning_ray.errors import InfrastructureError, UserError
+
+_log = logging.getLogger(__name__)
+
+# How long other first runs wait for the one that learns, rather than all pay for their imports.
+LEARN_WAIT_S = 20.0
+# Runs that may end without a report (killed, timed out, os._exit) before learning is given up.
+LEARN_TRIES = 3
+# Each round leaves out the modules that the last one found not to be shareable.
+PRELOAD_ROUNDS = 5
+# A zygote that died this often in a row is not trusted with another fork.
+DEATHS = 3
+# Read by the interpreter, the C library or a thread pool when they start: too late for a fork.
+_STARTUP_VARIABLES = ("PYTHON", "LC_", "LANG", "LD_", "TZ", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_")
+
+
+class WarmLauncher:
+    """A `Launcher` for `python [-u] SCRIPT.py ARG...`; cold where a fork would not be exact."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        script = python_script(config.command)
+        if script is None:
+            raise UserError(
+                f"agent.command: {config.command} is not `python [-u] SCRIPT.py ARG...`"
+            )
+        self._config = config
+        self._script = script
+        self._cwd = agent_folder(config)
+        self._base_env = base_environment(config)
+        self._cold = CommandLauncher(config)
+        self._server: ForkServer | None = None
+        self._starting = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        self._modules: list[str] | None = None
+        self._watched: frozenset[str] = frozenset()
+        self._learning: asyncio.Future[None] | None = None
+        self._tries_left = LEARN_TRIES
+        self._deaths = 0
+        self._closed = False
+        self.cold_reason = ""
+        """Why every run is started cold; empty while they are not."""
+
+    @property
+    def preloaded(self) -> tuple[str, ...]:
+        """The modules that runs find already imported; empty until they are learnt."""
+        return tuple(self._modules or ())
+
+    async def start(self) -> None:
+        """See `Launcher.start`."""
+        if await self._live_server() is None:
+            await self._cold.start()
+
+    async def run(self, task: Task, env: Mapping[str, str], timeout_s: float) -> AgentResult:
+        """See `Launcher.run`.
+
+        While the first run learns, others wait for it, up to `LEARN_WAIT_S` and outside their time
+        limit: all would pay for the same imports.
+        """
+        if self._learning is not None:
+            await asyncio.wait({self._learning}, timeout=LEARN_WAIT_S)
+        server = await self._live_server() if self._shareable(env) else None
+        if server is None:
+            return await self._cold.run(task, env, timeout_s)
+        argv = fill_command(self._config.command, task)
+        job = Job(argv, {**self._base_env, **env}, fork=True, script=self._script.index)
+        if self._modules is None and self._learning is None and self._tries_left > 0:
+            result = await self._learn(server, job, timeout_s)
+        else:
+            result = await server.run(job, timeout_s, self._config.max_output_bytes)
+        if result.end is not AgentEnd.LAUNCH_FAILED:
+            self._deaths = 0
+        return result
+
+    async def _learn(self, server: ForkServer, job: Job, timeout_s: float) -> AgentResult:
+        """Run a job, and have the libraries that it imported made ready for those after it."""
+        self._learning = asyncio.get_running_loop().create_future()
+        self._tries_left -= 1
+        modules = None
+        try:
+            limit = self._config.max_output_bytes
+            result, modules = await server.learn(job, timeout_s, limit)
+        finally:
+            if modules is None:
+                self._learnt()
+        if modules is not None:
+            own = frozenset(k for k, v in job.env.items() if self._base_env.get(k) != v)
+            self._do_later(self._warm_up(modules, own))
+        elif self._tries_left == 0:
+            _log.warning(
+                "agent %s: no run exited normally, so its libraries are not known and each run "
+                "imports them",
+                self._config.name,
+            )
+        return result
+
+    async def close(self) -> None:
+        """See `Launcher.close`."""
+        self._closed = True
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._learnt()
+        if self._server is not None:
+            await self._server.close()
+        await self._cold.close()
+
+    def _shareable(self, env: Mapping[str, str]) -> bool:
+        """Whether a run with these variables of its own can be a fork."""
+        if self.cold_reason or any(name.startswith(_STARTUP_VARIABLES) for name in env):
+            return False
+        return self._modules is None or self._watched.issuperset(env)
+
+    def _learnt(self) -> None:
+        """Let the runs go on that wait for the one that learns."""
+        if self._learning is not None and not self._learning.done():
+            self._learning.set_result(None)
+        self._learning = None
+
+    async def _live_server(self) -> ForkServer | None:
+        """The current zygote, a new one in its place if it died; None if there is to be none."""
+        async with self._starting:
+            if self._closed:
+                raise InfrastructureError(f"agent {self._config.name}: the launcher is closed")
+            if self.cold_reason or (self._server is not None and self._server.alive):
+                return None if self.cold_reason else self._server
+            if self._server is not None:
+                await self._server.close()
+                self._deaths += 1
+                _log.warning("agent %s: its warm process died", self._config.name)
+            if self._deaths >= DEATHS:
+                self._give_up(f"its warm process died {self._deaths} times")
+                return None
+            self._server = self._make_server(self._modules or [], self._watched)
+            try:
+                await self._server.start()
+            except InfrastructureError as error:
+                self._give_up(str(error))
+                return None
+            return self._server
+
+    def _make_server(self, modules: list[str], watched: frozenset[str]) -> ForkServer:
+        python = find_executable(
+            fill_command(self._config.command[:1], Task("", {}))[0], self._base_env, self._cwd
+        )
+        return ForkServer(
+            [python, *self._script.flags],
+            self._base_env,
+            self._cwd,
+            script=self._script.script,
+            preload=modules,
+            watch=sorted(watched),
+        )
+
+    async def _warm_up(self, modules: list[str], watched: frozenset[str]) -> None:
+        """Replace the zygote by one that has imported the modules, as far as they can be shared."""
+        left_out: set[str] = set()
+        try:
+            for _ in range(PRELOAD_ROUNDS):
+                wanted = [m for m in modules if not _under(m, left_out)]
+                server = self._make_server(wanted, watched)
+                try:
+                    ready = await server.start()
+                except InfrastructureError as error:
+                    return self._give_up(str(error))
+                if ready.threads == 1 and not ready.tainted:
+                    for module, reason in ready.failed.items():
+                        _log.info("agent %s: not preloaded: %s", module, reason)
+                    self._adopt(server, wanted, watched)
+                    return None
+                await server.close()
+                if ready.threads > 1:
+                    return self._give_up(
+                        f"its libraries run {ready.threads - 1} threads from their import on"
+                    )
+                left_out.update(ready.tainted)
+                _log.info("agent %s: left to each run: %s", self._config.name, ready.tainted)
+            self._give_up("its libraries depend on the attempt when they are imported")
+        finally:
+            self._learnt()
+
+    def _adopt(self, server: ForkServer, modules: list[str], watched: frozenset[str]) -> None:
+        old, self._server = self._server, server
+        self._modules, self._watched = modules, watched
+        if old is not None:
+            self._do_later(old.close(kill=False))
+
+    def _give_up(self, reason: str) -> None:
+        self.cold_reason = reason
+        _log.warning("agent %s is started cold: %s", self._config.name, reason)
+
+    def _do_later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _under(module: str, packages: set[str]) -> bool:
+    """Whether a module is one of the packages or inside of one."""
+    return any(module == p or module.startswith(f"{p}.") for p in packages)

@@ -1,0 +1,77 @@
+"""Connecting to Ray, and leaving nothing behind.
+
+Invariant: after `Connection.close`, no process that a local cluster of ours started is alive,
+whatever state the job was in.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+
+import psutil
+import ray
+
+from lightning_ray.cluster.config import ClusterConfig
+from lightning_ray.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """A job's connection to Ray; a context manager."""
+
+    def __init__(self, config: ClusterConfig):
+        self._config = config
+        self._local = config.address == "local"
+        self._processes: list[psutil.Process] = []
+
+    def __enter__(self) -> "Connection":
+        """Starts or joins the cluster. Raises UserError when there is none at the address."""
+        config = self._config
+        common = {
+            "log_to_driver": config.log_to_driver,
+            "logging_level": logging.ERROR,
+            "namespace": "lightning-ray",
+        }
+        if self._local:
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus or max(2, os.cpu_count() or 2),
+                object_store_memory=config.object_store_mib * 1024 * 1024,
+                include_dashboard=False,
+                **common,
+            )
+            return self
+        try:
+            ray.init(address=config.address, **common)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"cluster.address={config.address}: no Ray cluster answers there ({reason}); "
+                "start one, or use cluster.address=local"
+            ) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the cluster; a local one is stopped, with every process it started."""
+        # Listed before the parents go: an orphan has no parent to be found by.
+        children = psutil.Process().children(recursive=True) if self._local else []
+        ray.shutdown()
+        if children:
+            end_processes(children, self._config.stop_timeout_s)
+
+
+def end_processes(processes: Iterable[psutil.Process], timeout_s: float) -> int:
+    """Waits for processes to end, then kills the rest; returns how many had to be killed."""
+    # `wait_procs` knows a process by its start time too, so a reused pid is nobody's victim.
+    _, alive = psutil.wait_procs(list(processes), timeout=min(2.0, timeout_s))
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=timeout_s)
+    return len(alive)

@@ -1,0 +1,51 @@
+"""Starting and stopping the door on Ray Serve."""
+
+import socket
+
+from ray import serve
+from ray.actor import ActorHandle
+
+from lightning_ray.errors import UserError
+from lightning_ray.gateway.config import GatewayConfig
+
+APP = "lightning-ray"
+
+
+def choose_port(config: GatewayConfig) -> int:
+    """The port to listen on. Raises UserError when the configured one is taken."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"gateway.port={config.port}: cannot listen on {config.host}:{config.port} "
+                f"({error.strerror}); choose another port, or 0 for any free one"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def start_gateway(
+    config: GatewayConfig, port: int, queue: ActorHandle, urls: list[str], key: str
+) -> str:
+    """Starts the door and returns its base URL, "http://HOST:PORT"."""
+    # Imported late: the module needs Ray Serve's decorators, which read the environment.
+    from lightning_ray.gateway.app import Gateway
+
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.host, "port": port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    bound = Gateway.options(
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": config.num_cpus},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    ).bind(config, queue, urls, key)
+    serve.run(bound, name=APP, route_prefix="/")
+    return f"http://{config.host}:{port}"
+
+
+def stop_gateway() -> None:
+    """Closes the door; calls in flight are cut off."""
+    serve.shutdown()

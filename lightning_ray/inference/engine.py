@@ -1,0 +1,143 @@
+"""One engine: a Ray actor that runs vLLM and serves its own HTTP handlers from the actor's loop."""
+
+import asyncio
+import logging
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.inference.config import InferenceConfig
+from lightning_ray.inference.gate import WeightGate
+from lightning_ray.inference.recorder import CallRecorder
+from lightning_ray.spans import SpanClient
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from lightning_ray.inference.vllm_internals import RecordingLLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine says of itself."""
+
+    url: str
+    version: int
+    calls_inside: int
+    calls: int
+    """Calls recorded since the engine started."""
+    sampled_tokens: int
+    """Tokens sampled in recorded calls since the engine started."""
+
+
+class InferenceEngine:
+    """The actor's class. `start` must return before anything else is asked."""
+
+    def __init__(
+        self,
+        config: InferenceConfig,
+        model_dir: str,
+        policy: str,
+        names: list[str],
+        version: int,
+        key: str,
+        spans: SpanClient,
+    ):
+        """Nothing heavy happens here.
+
+        `model_dir` holds version `version` of `policy`; `names` are the model names that agents may
+        ask for; `key` is what a caller must know.
+        """
+        self._config = config
+        self._model_dir = model_dir
+        self._policy = policy
+        self._names = names
+        self._key = key
+        self._recorder = CallRecorder(spans.append)
+        self._gate = WeightGate(version)
+        self._engine: RecordingLLM | None = None
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._url = ""
+
+    async def start(self) -> str:
+        """Loads the model and serves it; returns the engine's base URL (no path)."""
+        from lightning_ray.inference import vllm_internals as vllm
+
+        arguments = vllm.server_arguments(self._model_dir, self._names, self._config)
+        self._engine = vllm.make_engine(arguments)
+        self._engine.attach(self._recorder, self._gate, self._policy, self._config.update_timeout_s)
+        app = await vllm.make_app(self._engine, arguments, self._key)
+        self._url = await self._serve(app)
+        return self._url
+
+    async def update_weights(self, folder: str, version: int) -> float:
+        """Takes on the weights in `folder` as `version`; returns the seconds that calls waited.
+
+        Calls inside finish on the version they began with; later ones wait. Taking on the version
+        that already answers is harmless, so that a caller may repeat itself.
+        """
+        engine = self._running()
+        if version == self._gate.version:
+            return 0.0
+        from lightning_ray.inference import vllm_internals as vllm
+
+        begun = time.monotonic()
+        limit = self._config.update_timeout_s
+        async with self._gate.change(version, limit):
+            await vllm.load_weights(engine, folder, limit)
+        return time.monotonic() - begun
+
+    async def state(self) -> EngineState:
+        """The engine's address, version and counters."""
+        return EngineState(
+            self._url,
+            self._gate.version,
+            self._gate.calls,
+            self._recorder.calls,
+            self._recorder.sampled_tokens,
+        )
+
+    async def stop(self) -> None:
+        """Stops serving and ends vLLM's own processes."""
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            await asyncio.wait([self._serving], timeout=5)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.shutdown)
+
+    async def _serve(self, app: Any) -> str:
+        import uvicorn
+
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((self._config.host, 0))
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=75,
+            # Ray's worker already runs the loop.
+            loop="none",
+        )
+        self._server = uvicorn.Server(config)
+        # The loop is the actor's: a signal handler of ours would replace Ray's.
+        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        self._serving = asyncio.create_task(self._server._serve([listener]))
+        host, port = listener.getsockname()[:2]
+        async with asyncio.timeout(30):
+            while not self._server.started:
+                if self._serving.done():
+                    raise InfrastructureError("the engine's HTTP server ended while starting")
+                await asyncio.sleep(0.01)
+        return f"http://{host}:{port}"
+
+    def _running(self) -> "RecordingLLM":
+        if self._engine is None:
+            raise InfrastructureError("the engine has not been started")
+        return self._engine

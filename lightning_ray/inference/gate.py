@@ -1,0 +1,75 @@
+"""The gate between calls and a change of weights.
+
+Invariant: the version that `enter` returns is the version that samples the whole call: while a call
+is inside, the weights do not change; while they change, calls wait outside.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from lightning_ray.errors import InfrastructureError
+
+
+class WeightGate:
+    """Counts the calls inside; belongs to one event loop."""
+
+    def __init__(self, version: int):
+        self.version = version
+        self._inside = 0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def calls(self) -> int:
+        """Calls inside now."""
+        return self._inside
+
+    async def enter(self, timeout_s: float) -> int:
+        """Waits until no change is under way; returns the version that will answer.
+
+        Raises InfrastructureError after `timeout_s` seconds. Every `enter` is followed by `leave`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Another change may begin between the event and our turn, so look again.
+                while not self._open.is_set():
+                    await self._open.wait()
+        except TimeoutError as error:
+            raise InfrastructureError(
+                f"the weights were still changing after {timeout_s:g} s"
+            ) from error
+        self._inside += 1
+        self._idle.clear()
+        return self.version
+
+    def leave(self) -> None:
+        """A call that was inside has ended. Never waits: it must work in a cancelled task too."""
+        self._inside -= 1
+        if self._inside == 0:
+            self._idle.set()
+
+    @asynccontextmanager
+    async def change(self, version: int, timeout_s: float) -> AsyncIterator[None]:
+        """Closes the gate, waits for the calls inside, and opens it as `version` after the body.
+
+        When the body raises, the gate opens with the version it had. Raises InfrastructureError
+        when calls are still inside after `timeout_s` seconds.
+        """
+        if not self._open.is_set():
+            raise InfrastructureError("another change of weights is under way")
+        self._open.clear()
+        try:
+            try:
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
+            except TimeoutError as error:
+                raise InfrastructureError(
+                    f"{self._inside} calls were still being answered after {timeout_s:g} s, "
+                    f"so version {version} could not be taken on"
+                ) from error
+            yield
+            self.version = version
+        finally:
+            self._open.set()

@@ -1,0 +1,133 @@
+"""Recording calls where they are sampled.
+
+Invariant: every call that reached the engine for an attempt becomes one span per sampled choice,
+on disk before the engine's last output is handed on: an agent never acts on an answer that is not
+recorded. An abandoned call is recorded as far as it was sampled, with status "aborted".
+
+A span stores only the tokens it adds to the call it continues. The recorder remembers the tokens of
+the latest attempts; a call whose predecessor it does not remember is stored whole, which costs
+bytes and changes nothing else.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_ray.inference.attribution import Attribution
+from lightning_ray.spans import SpanKind, SpanStatus, new_span_id, span
+
+REMEMBERED_ATTEMPTS = 4096
+"""Attempts whose tokens are kept in memory to find what a call continues."""
+
+Append = Callable[[Sequence[Mapping[str, Any]]], Awaitable[None]]
+Tokens = NDArray[np.int32]
+
+
+@dataclass
+class Choice:
+    """One sampled answer, as its pieces arrive."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class OpenCall:
+    """A call between its first token and its span."""
+
+    attribution: Attribution
+    policy: str
+    version: int
+    sampling: Mapping[str, Any]
+    start_ns: int = field(default_factory=time.time_ns)
+    first_token_ns: int | None = None
+    prompt_ids: Sequence[int] | None = None
+    choices: dict[int, Choice] = field(default_factory=dict)
+
+    def choice(self, index: int) -> Choice:
+        """The choice with this index, begun if it is new."""
+        if self.first_token_ns is None:
+            self.first_token_ns = time.time_ns()
+        return self.choices.setdefault(index, Choice())
+
+
+class CallRecorder:
+    """Turns calls into spans; one per engine."""
+
+    def __init__(self, append: Append):
+        """`append` stores rows of SPAN_SCHEMA and returns once they are on disk."""
+        self._append = append
+        self._known: OrderedDict[str, list[tuple[str, Tokens]]] = OrderedDict()
+        self.calls = 0
+        self.sampled_tokens = 0
+
+    async def record(self, call: OpenCall, status: SpanStatus) -> None:
+        """Stores the call's spans. Raises InfrastructureError when they cannot be stored."""
+        if call.prompt_ids is None or not call.choices:
+            return
+        attempt = call.attribution.attempt_id
+        known = self._known.get(attempt, [])
+        prompt = np.asarray(call.prompt_ids, np.int32)
+        continues, prefix = _longest_prefix(known, prompt)
+        end_ns = time.time_ns()
+        rows = []
+        learnt = []
+        for index, choice in sorted(call.choices.items()):
+            tokens = np.concatenate([prompt, np.asarray(choice.token_ids, np.int32)])
+            span_id = new_span_id()
+            learnt.append((span_id, tokens))
+            rows.append(
+                span(
+                    SpanKind.MODEL_CALL,
+                    call.attribution.path,
+                    run_id=call.attribution.run_id,
+                    rollout_id=call.attribution.rollout_id,
+                    attempt_id=attempt,
+                    span_id=span_id,
+                    status=status,
+                    start_ns=call.start_ns,
+                    end_ns=end_ns,
+                    role=call.attribution.role,
+                    policy=call.policy,
+                    version=call.version,
+                    continues=continues,
+                    prefix_tokens=prefix,
+                    token_ids=tokens[prefix:],
+                    logprobs=np.asarray(choice.logprobs, np.float32),
+                    finish_reason=choice.finish_reason,
+                    attributes={
+                        "choice": index,
+                        "prompt_tokens": len(prompt),
+                        "sampling": dict(call.sampling),
+                        "first_token_ms": _milliseconds(call.start_ns, call.first_token_ns),
+                    },
+                )
+            )
+            self.sampled_tokens += len(choice.token_ids)
+        self.calls += 1
+        await self._append(rows)
+        # Only what is stored may be continued.
+        self._known[attempt] = known + learnt
+        self._known.move_to_end(attempt)
+        while len(self._known) > REMEMBERED_ATTEMPTS:
+            self._known.popitem(last=False)
+
+
+def _longest_prefix(known: Sequence[tuple[str, Tokens]], prompt: Tokens) -> tuple[str | None, int]:
+    """The call whose whole token sequence is the longest prefix of `prompt`, and its length."""
+    best: tuple[str | None, int] = (None, 0)
+    for span_id, tokens in known:
+        length = len(tokens)
+        if best[1] < length <= len(prompt) and np.array_equal(tokens, prompt[:length]):
+            best = (span_id, length)
+    return best
+
+
+def _milliseconds(start_ns: int, end_ns: int | None) -> float | None:
+    return None if end_ns is None else (end_ns - start_ns) / 1e6

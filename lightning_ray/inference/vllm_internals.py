@@ -1,0 +1,183 @@
+"""Everything that depends on vLLM's internals, so that a new version of vLLM is one file's work.
+
+Written against vLLM 0.32. Imported inside the engine's actor only.
+"""
+
+import asyncio
+import logging
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.inference.attribution import (
+    App,
+    AttributionMiddleware,
+    current_attribution,
+)
+from lightning_ray.inference.config import InferenceConfig
+from lightning_ray.inference.gate import WeightGate
+from lightning_ray.inference.recorder import CallRecorder, Choice, OpenCall
+from lightning_ray.spans import SpanStatus
+
+log = logging.getLogger(__name__)
+
+
+class RecordingLLM(AsyncLLM):
+    """vLLM's engine client, with the one method that every protocol's handler calls wrapped.
+
+    Before the first call, `attach` says who records and what guards the weights.
+    """
+
+    _recorder: CallRecorder
+    _gate: WeightGate
+    _policy: str
+    _wait_s: float
+    _winding_up: set[asyncio.Task[None]]
+
+    def attach(self, recorder: CallRecorder, gate: WeightGate, policy: str, wait_s: float) -> None:
+        """Must be called once, before the engine serves anybody."""
+        self._recorder = recorder
+        self._gate = gate
+        self._policy = policy
+        self._wait_s = wait_s
+        self._winding_up = set()
+
+    async def generate(  # type: ignore[override]
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As AsyncLLM.generate; the call is recorded before its last output is yielded."""
+        version = await self._gate.enter(self._wait_s)
+        outputs = super().generate(prompt, sampling_params, request_id, **options)
+        attribution = current_attribution.get()
+        call = None
+        if attribution is not None:
+            call = OpenCall(attribution, self._policy, version, _sampling_facts(sampling_params))
+            if sampling_params.logprobs is None:
+                # The sampled token's own logprob; a reply that did not ask for it stays as it is.
+                sampling_params.logprobs = 0
+        deltas = sampling_params.output_kind == RequestOutputKind.DELTA
+        try:
+            async for output in outputs:
+                if call is not None:
+                    call.prompt_ids = output.prompt_token_ids
+                    for completion in output.outputs:
+                        _take(call.choice(completion.index), completion, deltas)
+                    if output.finished:
+                        finished, call = call, None
+                        await self._recorder.record(finished, SpanStatus.OK)
+                yield output
+        finally:
+            # The caller may have been cancelled, and whatever it awaits is then cancelled too, so
+            # what remains to be done is done by a task of its own.
+            self._spawn(self._wind_up(outputs, call))
+
+    async def _wind_up(
+        self, outputs: AsyncGenerator[RequestOutput, None], abandoned: OpenCall | None
+    ) -> None:
+        """Stops the generation if it still runs, records what it got to, and frees the gate."""
+        try:
+            await outputs.aclose()
+            if abandoned is not None:
+                await self._recorder.record(abandoned, SpanStatus.ABORTED)
+        except InfrastructureError as error:
+            log.error("an abandoned call could not be recorded: %s", error)
+        finally:
+            self._gate.leave()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._winding_up.add(task)
+        task.add_done_callback(self._winding_up.discard)
+
+
+def _take(choice: Choice, completion: CompletionOutput, deltas: bool) -> None:
+    if not deltas:
+        choice.token_ids.clear()
+        choice.logprobs.clear()
+    ids = list(completion.token_ids)
+    choice.token_ids.extend(ids)
+    for token, candidates in zip(ids, completion.logprobs or (), strict=True):
+        choice.logprobs.append(candidates[token].logprob)
+    if completion.finish_reason is not None:
+        choice.finish_reason = completion.finish_reason
+
+
+def _sampling_facts(params: SamplingParams) -> dict[str, Any]:
+    """What a learner or a reader needs to know of how the tokens were drawn."""
+    facts = {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "max_tokens": params.max_tokens,
+        "seed": params.seed,
+        "n": params.n,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def server_arguments(model_dir: str, names: list[str], config: InferenceConfig) -> Namespace:
+    """vLLM's own server arguments for this configuration.
+
+    `names` are the model names that agents may ask for. The model's generation defaults are not
+    applied: what an agent does not set is what its API documents (temperature 1).
+    """
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments = parser.parse_args([])
+    arguments.model = model_dir
+    arguments.served_model_name = names
+    arguments.max_model_len = config.max_model_len
+    arguments.max_num_seqs = config.max_num_seqs
+    arguments.dtype = config.dtype
+    arguments.enforce_eager = config.enforce_eager
+    arguments.generation_config = "vllm"
+    arguments.seed = config.seed
+    arguments.gpu_memory_utilization = config.gpu_memory_utilization
+    arguments.chat_template = config.chat_template
+    arguments.enable_log_requests = False
+    arguments.disable_log_stats = True
+    arguments.disable_uvicorn_access_log = True
+    arguments.disable_fastapi_docs = True
+    if config.tool_call_parser is not None:
+        arguments.tool_call_parser = config.tool_call_parser
+        arguments.enable_auto_tool_choice = True
+    for name, value in config.extra.items():
+        if not hasattr(arguments, name):
+            raise ValueError(f"inference.extra.{name}: vLLM has no such argument")
+        setattr(arguments, name, value)
+    return arguments
+
+
+def make_engine(arguments: Namespace) -> RecordingLLM:
+    """Loads the model; blocks for as long as that takes."""
+    return RecordingLLM.from_engine_args(AsyncEngineArgs.from_cli_args(arguments))
+
+
+async def make_app(engine: RecordingLLM, arguments: Namespace, key: str) -> App:
+    """vLLM's own HTTP application over `engine`, answering those who know `key`."""
+    tasks = await engine.get_supported_tasks()
+    app = build_app(arguments, tasks, engine.model_config)
+    await init_app_state(engine, app.state, arguments, tasks)
+    return AttributionMiddleware(app, key)
+
+
+async def load_weights(engine: RecordingLLM, folder: str, timeout_s: float) -> None:
+    """Replaces the weights by those in `folder`; no call may be inside the engine."""
+    # The worker's reload redoes what loading does to the weights (prepacking on a CPU); a bare
+    # load_weights would leave what is computed as it was.
+    await engine.collective_rpc(
+        "reload_weights", timeout=timeout_s, kwargs={"weights_path": folder}
+    )
+    # Keys and values of the old weights must never answer for the new ones.
+    if not await engine.reset_prefix_cache():
+        raise RuntimeError("vLLM kept its prefix cache although no call was running")

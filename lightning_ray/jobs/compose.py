@@ -1,0 +1,66 @@
+"""From what was typed to a checked, typed configuration; every mistake is one line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lightning_ray.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def compose_config(name: str, schema: type[Any], overrides: Sequence[str]) -> Any:
+    """The configuration `configs/NAME.yaml` with Hydra overrides, as an instance of `schema`.
+
+    Raises UserError, with one line, for an unknown key or group, a wrong type, a missing value.
+    """
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UserError(
+                f"{override!r} is no setting: write KEY=VALUE, for example training.steps=30"
+            )
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            composed = compose(config_name=name, overrides=list(overrides))
+        return OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise UserError(
+            f"{error.full_key}: a value is needed; set it, or choose an experiment={_choices()}"
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error)) from error
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A configuration as plain values, for keeping beside a run."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _choices() -> str:
+    return "|".join(sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+
+
+def _one_line(error: BaseException) -> str:
+    """Hydra's message without its continuation lines, and the most telling cause in front."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    key = getattr(cause, "full_key", None)
+    if key and str(key) not in message:
+        message = f"{key}: {message}"
+    own = str(error).splitlines()[0].strip()
+    if own != message and "override" in own.lower() and own not in message:
+        message = f"{own.rstrip('.')}: {message}"
+    options = [line for line in lines[1:] if line.startswith(("Available options", "'"))]
+    return " ".join([message, *options])

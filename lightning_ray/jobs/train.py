@@ -1,0 +1,216 @@
+"""lightning-ray train: train an agent that never heard of us.
+
+    lightning-ray train experiment=calculator
+    lightning-ray train experiment=calculator algorithm.group_size=4 training.steps=10
+    lightning-ray train resume=RUN            # go on from the last checkpoint
+
+The run's folder holds everything: spans, versions, checkpoints, the curve, summary.json.
+"""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_ray.agents import Task, check_agent, load_tasks
+from lightning_ray.cluster import Connection
+from lightning_ray.errors import UserError
+from lightning_ray.evaluation import HeldoutReport, write_report
+from lightning_ray.gateway import choose_port
+from lightning_ray.jobs.compose import compose_config, resolved
+from lightning_ray.learner import check_model_dir
+from lightning_ray.policies import PolicyRegistry
+from lightning_ray.policies.models import resolve_model
+from lightning_ray.tracking import (
+    Progress,
+    RunSummary,
+    TrackedRun,
+    plot_learning_curve,
+    ui_command,
+    write_summary,
+)
+from lightning_ray.tracking.mlflow_run import RunStatus
+from lightning_ray.tracking.store import default_uri
+from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs or resumes a training job. Raises UserError for what the user can mend."""
+    config, folder, overrides = _configure(arguments)
+    check_train(config)
+    tasks, heldout = _load_tasks(config)
+    check_agent(config.agent, [*tasks, *heldout])
+    choose_port(config.gateway)
+    base = resolve_model(config.policy.model)
+    check_model_dir(base)
+    resuming = folder is not None
+    if folder is None:
+        folder = RunFolder.create(Path(config.output_dir), config.name, overrides)
+    _train(config, folder, tasks, heldout, base, resuming)
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    tasks: list[Task],
+    heldout: list[Task],
+    base: Path,
+    resuming: bool,
+) -> None:
+    facts = folder.facts()
+    root = folder.path.parent
+    progress = Progress(config.training.steps, title=folder.run_id, mode=config.tracking.panel)
+    with progress:
+        progress.note(f"run {folder.run_id} in {folder.path}")
+        tracked = TrackedRun.start(
+            config.tracking, root, folder.run_id, resume=facts.get("mlflow_run_id")
+        )
+        folder.write_facts({"mlflow_run_id": tracked.run_id, "base_model": str(base)})
+        tracked.log_config(resolved(config))
+        uri = config.tracking.uri or default_uri(root)
+        registry = PolicyRegistry(uri, config.policy.name, tracked.run_id)
+        status = RunStatus.FAILED
+        connection = Connection(config.cluster)
+        parts = Parts(config, folder, base, progress)
+        try:
+            with progress.phase("starting Ray", slow=True):
+                connection.__enter__()
+            conductor = Conductor(
+                config, folder, parts, tracked, registry, progress, tasks, heldout, base
+            )
+            checkpoint = folder.last_checkpoint() if resuming else None
+            _start(parts, conductor, folder, base, checkpoint)
+            _run(conductor, folder, tracked, base, uri)
+            status = RunStatus.FINISHED
+            parts.stop()
+        except KeyboardInterrupt:
+            status = RunStatus.KILLED
+            raise
+        finally:
+            # Once, and whole: a second Ctrl-C must not leave processes behind.
+            previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                if status is not RunStatus.FINISHED and config.cluster.address != "local":
+                    parts.stop()
+                connection.close()
+                tracked.finish(status)
+            finally:
+                signal.signal(signal.SIGINT, previous)
+            if status is not RunStatus.FINISHED:
+                progress.note(f"to go on: lightning-ray train resume={folder.run_id}")
+
+
+def _start(
+    parts: Parts, conductor: Conductor, folder: RunFolder, base: Path, checkpoint: Path | None
+) -> None:
+    """Starts the parts at the base model, or where the checkpoint left off."""
+    if checkpoint is None:
+        parts.start(base, 0)
+        return
+    version = conductor.peek(checkpoint).version
+    parts.start(base if version == 0 else folder.version(version), version)
+    conductor.restore(checkpoint)
+
+
+def _run(
+    conductor: Conductor, folder: RunFolder, tracked: TrackedRun, base: Path, uri: str
+) -> None:
+    """Score, train, score again, and leave the results."""
+    state = conductor.state
+    if state.step == 0 and (before := conductor.evaluate()) is not None:
+        state.heldout_before = asdict(before)
+        tracked.log_metrics(_metrics(before), 0)
+    conductor.train()
+    after = conductor.evaluate()
+    if after is not None:
+        tracked.log_metrics(_metrics(after), state.step)
+        write_report(folder.path / "heldout.json", after)
+        tracked.log_artifact(folder.path / "heldout.json")
+    model = base if state.version == 0 else folder.version(state.version)
+    before_mean = _mean(state.heldout_before)
+    after_mean = None if after is None else after.measures["reward"].mean
+    _leave_pictures(conductor, folder, tracked, before_mean, after_mean)
+    write_summary(
+        folder.summary,
+        RunSummary(
+            heldout_before=before_mean,
+            heldout_after=after_mean,
+            steps=state.step,
+            train_seconds=state.train_seconds,
+            tokens_generated=state.tokens_generated,
+            mlflow_run_id=tracked.run_id,
+            model_dir=str(model),
+            extra={
+                "run_id": folder.run_id,
+                "version": state.version,
+                "heldout_before_report": state.heldout_before,
+                "heldout_after_report": None if after is None else asdict(after),
+                "rollouts_left_out": state.left_out,
+                "history": state.history,
+            },
+        ),
+    )
+    tracked.log_artifact(folder.summary)
+    conductor.say_results(before_mean, after_mean, model, ui_command(uri), tracked.url_fragment)
+
+
+def _leave_pictures(
+    conductor: Conductor,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    before: float | None,
+    after: float | None,
+) -> None:
+    history: list[dict[str, Any]] = [dict(row) for row in conductor.state.history]
+    if before is not None:
+        history.insert(0, {"step": 0, "heldout": before})
+    if after is not None:
+        history.append({"step": conductor.state.step, "heldout": after})
+    plot_learning_curve(history, folder.curve, title=folder.run_id)
+    tracked.log_artifact(folder.curve)
+    if folder.trajectories.is_file():
+        tracked.log_artifact(folder.trajectories)
+
+
+def _configure(arguments: Sequence[str]) -> tuple[TrainConfig, RunFolder | None, list[str]]:
+    """The job's configuration, and the folder of the run to resume if one is named."""
+    resume = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    overrides = [a for a in arguments if not a.startswith("resume=")]
+    if not resume:
+        return compose_config("train", TrainConfig, overrides), None, overrides
+    roots = [a.removeprefix("output_dir=") for a in overrides if a.startswith("output_dir=")]
+    folder = RunFolder.find(Path(roots[-1] if roots else TrainConfig.output_dir), resume[-1])
+    overrides = folder.overrides() + overrides
+    config = compose_config("train", TrainConfig, overrides)
+    # The run stays where it lies, wherever the command is typed.
+    config.output_dir = str(folder.path.parent)
+    return config, folder, overrides
+
+
+def _load_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
+    """Training and held-out tasks. Raises UserError when a held-out task is trained on."""
+    tasks = load_tasks(config.training.tasks)
+    if config.evaluation.tasks is None:
+        return tasks, []
+    heldout = load_tasks(config.evaluation.tasks)
+    trained = {_content(task): task.id for task in tasks}
+    for task in heldout:
+        if (other := trained.get(_content(task))) is not None:
+            raise UserError(
+                f"held-out task {task.id} of {config.evaluation.tasks} is training task {other} of "
+                f"{config.training.tasks}; take it out of one of them"
+            )
+    return tasks, heldout
+
+
+def _content(task: Task) -> str:
+    return repr(sorted((key, value) for key, value in task.data.items() if key != "id"))
+
+
+def _mean(report: dict[str, Any] | None) -> float | None:
+    return None if report is None else report["measures"]["reward"]["mean"]
+
+
+def _metrics(report: HeldoutReport) -> dict[str, float]:
+    return {f"heldout_{name}": interval.mean for name, interval in report.measures.items()}

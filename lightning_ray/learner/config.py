@@ -1,0 +1,134 @@
+"""What can be set of the learner, and what of it, or of a model, cannot work.
+
+Invariant: checked without importing torch or DeepSpeed, before any actor starts.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_ray.errors import UserError
+
+DTYPES = ("bf16", "fp32")
+ZERO_STAGES = (1, 2)
+WEIGHT_INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class LearnerConfig:
+    """Settings of the DeepSpeed actor group."""
+
+    num_ranks: int = 1
+    """Actors that train together; a batch is split over them."""
+    dtype: str = "bf16"
+    """bf16: weights and activations in bfloat16 over fp32 master weights. fp32: all in fp32."""
+    zero_stage: int = 1
+    """1: optimiser state split over the ranks. 2: gradients too."""
+    learning_rate: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 turns clipping off."""
+    tokens_per_row: int = 512
+    """Distinct tokens computed in one forward and backward pass, at most (a single sequence that
+    is longer gets a row of its own). Attention costs its square, small rows waste the machine."""
+    logits_chunk: int = 512
+    """Positions whose logits are alive at one time; times the vocabulary times 4 bytes."""
+    activation_checkpointing: bool = False
+    """Keep only layer boundaries for the backward pass: less memory, a third more time."""
+    seed: int = 0
+    num_threads: int = 2
+    """CPU threads per rank."""
+    num_cpus: float = 1.0
+    """What an actor asks of Ray."""
+    num_gpus: float = 0.0
+    """What an actor asks of Ray; 0 trains on the CPU."""
+    start_timeout_s: float = 600.0
+    """How long the group may take to load the model and meet."""
+
+
+def check_learner(config: LearnerConfig) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        UserError: a setting outside its range.
+    """
+    _one_of("dtype", config.dtype, DTYPES)
+    _one_of("zero_stage", config.zero_stage, ZERO_STAGES)
+    for name in ("num_ranks", "tokens_per_row", "logits_chunk", "num_threads"):
+        value = getattr(config, name)
+        if value < 1:
+            raise UserError(f"learner.{name}: {value} must be at least 1")
+    for name in ("learning_rate", "adam_epsilon", "start_timeout_s"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"learner.{name}: {value} must be a number greater than 0")
+    for name in ("weight_decay", "max_grad_norm", "num_cpus", "num_gpus"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"learner.{name}: {value} must be a number that is not negative")
+    for name in ("beta1", "beta2"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise UserError(f"learner.{name}: {value} must be at least 0 and less than 1")
+
+
+def check_model_dir(model_dir: str | Path) -> Path:
+    """Refuse a model folder that cannot be trained.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        UserError: a folder or file is missing or unreadable, or the model computes something that
+            the shared-prefix pass would not reproduce.
+    """
+    folder = Path(model_dir).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist; name a Hugging Face model folder")
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"model folder {folder} has no config.json; is it a Hugging Face model?")
+    try:
+        config = json.loads(config_path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config_path} is not JSON ({error}); fetch the model again") from error
+    _check_weights(folder)
+    _check_architecture(config, config_path)
+    return folder
+
+
+def _check_weights(folder: Path) -> None:
+    """Every weight file that the folder promises is there and is not empty."""
+    index = folder / WEIGHT_INDEX
+    names = {"model.safetensors"}
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+            raise UserError(f"{index} cannot be read; fetch the model again") from error
+    for name in sorted(names):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size == 0:
+            raise UserError(f"model folder {folder} has no {name}; fetch the model again")
+
+
+def _check_architecture(config: dict[str, object], path: Path) -> None:
+    """The learner runs full attention and a plain output head; say so where a model needs more."""
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{path}: only models with full attention in every layer can be trained")
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        raise UserError(f"{path}: a model with a sliding attention window cannot be trained yet")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if config.get(name) not in (None, 1, 1.0):
+            raise UserError(f"{path}: a model with {name} cannot be trained yet")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        choices = " or ".join(str(choice) for choice in allowed)
+        raise UserError(f"learner.{name}: {value!r} is unknown; use {choices}")

@@ -1,0 +1,60 @@
+"""Folders that exist whole or not at all.
+
+Invariant: a folder appears under its name only after everything in it is on disk, by one rename; a
+process killed while writing leaves a hidden `.NAME.partial` beside it, which the next try clears.
+A folder that exists is never written to again.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+# Weights are written anew; everything else that makes a folder a model is copied from the base.
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot"}
+)
+
+
+def partial_folder(path: Path) -> Path:
+    """An empty folder beside `path` in which to prepare it.
+
+    Raises:
+        FileExistsError: `path` exists; what is published or saved is never overwritten.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists and is never overwritten")
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit_folder(partial: Path, path: Path) -> None:
+    """Make sure that `partial` is on disk, then give it its name."""
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def copy_companions(base: Path, target: Path) -> None:
+    """Copy the files of a model folder that are not weights and that `target` does not have.
+
+    That is the tokenizer, its chat template, the generation settings, the licence: the names differ
+    from model to model, so what is left out is named instead.
+    """
+    for source in sorted(base.iterdir()):
+        is_weight = source.suffix in WEIGHT_SUFFIXES or source.name.endswith(".index.json")
+        if source.is_file() and not is_weight and not (target / source.name).exists():
+            shutil.copyfile(source, target / source.name)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""The forward pass over a row of packed trees: one hidden state per node, a logprob per entry.
+
+Invariant: a node's hidden state depends on its ancestors alone, and the logprobs equal those of
+each sequence in a row of its own, to rounding. Only the positions that predict a trainable token
+go through the output head.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ray.learner.head import selected_logprobs
+
+
+def ancestor_mask(subtree_end: Tensor) -> Tensor:
+    """bool[T, T]: [i, j] is true where node j is node i or an ancestor of it.
+
+    The same two comparisons serve as a FlexAttention `mask_mod` where the kernel supports it.
+    """
+    index = torch.arange(len(subtree_end), device=subtree_end.device)
+    return (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
+
+
+class PolicyModule(nn.Module):
+    """A causal language model that is asked for the logprobs of given tokens at given nodes."""
+
+    def __init__(self, model: nn.Module, logits_chunk: int) -> None:
+        """`model` is a transformers causal language model with its attention set to sdpa."""
+        super().__init__()
+        self.model = model
+        self.logits_chunk = logits_chunk
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        subtree_end: Tensor,
+        logit_predictor: Tensor,
+        logit_target: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Logprobs of the targets, and the entropy of the distributions they come from.
+
+        Args:
+            input_ids: int64[T], with position_ids and subtree_end as in `packing.Row`.
+            position_ids: int64[T]
+            subtree_end: int64[T]
+            logit_predictor: int64[M], nodes whose hidden state predicts.
+            logit_target: int64[M], the token predicted.
+
+        Returns:
+            float32[M] natural logarithms at temperature 1, with gradient, and float32[M] entropies
+            in nats, without.
+        """
+        base = getattr(self.model, self.model.base_model_prefix)
+        hidden = base(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            attention_mask=ancestor_mask(subtree_end)[None, None],
+            use_cache=False,
+        ).last_hidden_state[0]
+        head = self.model.get_output_embeddings()
+        return selected_logprobs(
+            hidden.index_select(0, logit_predictor),
+            head.weight,
+            head.bias,
+            logit_target,
+            self.logits_chunk,
+        )

@@ -1,0 +1,163 @@
+"""The learner as the conductor sees it: a group of actors that act as one.
+
+Invariant: batches do not pass through here. A batch is a reference into Ray's object store, every
+rank reads it there and takes its share; what comes back are numbers. Every wait has a limit, and
+says what it waited for when that is over.
+"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_ray.algorithms.base import LossConfig, check_loss
+from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.learner.config import LearnerConfig, check_learner, check_model_dir
+from lightning_ray.learner.report import StepReport
+
+if TYPE_CHECKING:
+    import ray
+
+
+class LearnerGroup:
+    """`num_ranks` learner actors. Methods block; an event loop calls them in a thread."""
+
+    def __init__(self, config: LearnerConfig, model_dir: str | Path, run_name: str) -> None:
+        """Start the actors and wait until every one has loaded the model.
+
+        Args:
+            config: settings of the group.
+            model_dir: a Hugging Face model folder that every node can read.
+            run_name: what the actors are called after, for a person who looks at the cluster.
+
+        Raises:
+            UserError: a setting or the model folder cannot work; no actor was started.
+            InfrastructureError: the group was not ready within `config.start_timeout_s`.
+        """
+        import ray
+
+        from lightning_ray.learner.worker import LearnerWorker
+
+        check_learner(config)
+        folder = check_model_dir(model_dir)
+        self.config = config
+        actor = ray.remote(LearnerWorker)
+        self._workers = [
+            actor.options(
+                name=f"learner-{run_name}-{rank}",
+                num_cpus=config.num_cpus,
+                num_gpus=config.num_gpus,
+                runtime_env={"env_vars": _environment(config)},
+            ).remote(config, str(folder), rank)
+            for rank in range(config.num_ranks)
+        ]
+        try:
+            self._start(config.start_timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+
+    def step(self, batch: "ray.ObjectRef", loss: LossConfig, timeout_s: float) -> StepReport:
+        """Train one step on the batch (an object reference of a table of `SEQUENCE_SCHEMA`).
+
+        Raises:
+            InfrastructureError: it took longer than `timeout_s`, or an actor was lost. Whether the
+                weights changed is then unknown: go on from a checkpoint.
+        """
+        check_loss(loss)
+        report: StepReport = self._call("step", timeout_s, batch, loss)[0]
+        return report
+
+    def logprobs(self, batch: "ray.ObjectRef", timeout_s: float) -> list[npt.NDArray[np.float32]]:
+        """Logprobs under the present weights; see `LearnerWorker.logprobs`."""
+        result: list[npt.NDArray[np.float32]] = self._call("logprobs", timeout_s, batch)[0]
+        return result
+
+    def publish(self, path: str | Path, timeout_s: float) -> Path:
+        """Write the present weights as a model folder; returns its absolute path.
+
+        Raises:
+            FileExistsError: the folder exists; a version is never overwritten.
+        """
+        target = Path(path).absolute()
+        self._call("publish", timeout_s, str(target))
+        return target
+
+    def save_checkpoint(self, path: str | Path, state: dict[str, Any], timeout_s: float) -> Path:
+        """Save everything a later run needs to go on, with the caller's own JSON state."""
+        target = Path(path).absolute()
+        self._call("save_checkpoint", timeout_s, str(target), state)
+        return target
+
+    def load_checkpoint(self, path: str | Path, timeout_s: float) -> dict[str, Any]:
+        """Go on from a checkpoint; returns the state that was saved with it.
+
+        Raises:
+            UserError: there is none, or it does not fit this group.
+        """
+        state: dict[str, Any] = self._call(
+            "load_checkpoint", timeout_s, str(Path(path).absolute())
+        )[0]
+        return state
+
+    def stop(self) -> None:
+        """End the actors. What was not saved is lost; harmless when called again."""
+        import ray
+
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers = []
+
+    def _start(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        host, port = self._get(
+            [self._workers[0].address.remote()],
+            timeout_s,
+            f"learner actor 0 of {self.config.num_ranks} to start; does the cluster have "
+            f"{self.config.num_cpus} CPUs and {self.config.num_gpus} GPUs free for each?",
+        )[0]
+        self._get(
+            [worker.setup.remote(host, port) for worker in self._workers],
+            deadline - time.monotonic(),
+            f"{self.config.num_ranks} learner actors to load the model; does the cluster have "
+            f"{self.config.num_cpus} CPUs and {self.config.num_gpus} GPUs free for each?",
+        )
+
+    def _call(self, method: str, timeout_s: float, *arguments: Any) -> list[Any]:
+        """Call a method on every rank and wait for all."""
+        if not self._workers:
+            raise InfrastructureError(f"the learner was stopped before {method}")
+        references = [getattr(worker, method).remote(*arguments) for worker in self._workers]
+        return self._get(references, timeout_s, f"the learner's {method}")
+
+    def _get(self, references: list[Any], timeout_s: float, what: str) -> list[Any]:
+        import ray
+
+        try:
+            results: list[Any] = ray.get(references, timeout=max(0.0, timeout_s))
+        except ray.exceptions.GetTimeoutError as error:
+            raise InfrastructureError(f"waited {timeout_s:.0f} s for {what}") from error
+        except ray.exceptions.RayActorError as error:
+            raise InfrastructureError(f"a learner actor was lost during {what}: {error}") from error
+        except ray.exceptions.RayTaskError as error:
+            # Ray wraps what an actor raised; what is meant for the user must stay so.
+            if isinstance(error.cause, UserError | FileExistsError):
+                raise error.cause from error
+            raise
+        return results
+
+
+def _environment(config: LearnerConfig) -> dict[str, str]:
+    """The actor's environment: its share of the cores, and no network but the ranks' own."""
+    threads = str(config.num_threads)
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DO_NOT_TRACK": "1",
+    }

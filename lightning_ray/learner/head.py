@@ -1,0 +1,91 @@
+"""The output head and the log-softmax as one operation, for the few tokens that are asked for.
+
+Invariant: of the M x vocabulary logits only one chunk exists at a time, in the forward and in the
+backward pass; the backward pass computes them again. Everything after the matrix product is float32
+and done in place: on a CPU, touching fresh memory costs more than the arithmetic.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def selected_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Logprob of each target under softmax(hidden @ weight.T + bias), and that softmax's entropy.
+
+    Args:
+        hidden: float[M, H]
+        weight: float[V, H]
+        bias: float[V] or None.
+        target: int64[M]
+        chunk: positions whose logits may exist at one time.
+
+    Returns:
+        float32[M] natural logarithms, with gradient for hidden, weight and bias, and float32[M]
+        entropies in nats, without.
+    """
+    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, target, chunk)
+    return logprobs, entropy
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """logprob = logit of the target - log Z;  d logprob / d logit_v = [v = target] - p_v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        size = len(target)
+        logprobs = torch.empty(size, dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        normalizer = torch.empty_like(logprobs)
+        for begin in range(0, size, chunk):
+            part = slice(begin, begin + chunk)
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            peak = logits.amax(dim=-1, keepdim=True)
+            logits.sub_(peak)
+            powers = logits.exp()
+            total = powers.sum(dim=-1)
+            log_total = total.log()
+            logprobs[part] = logits.gather(1, target[part, None])[:, 0] - log_total
+            # H = log Z - sum_v p_v logit_v, all relative to the peak
+            entropy[part] = log_total - torch.einsum("mv,mv->m", powers, logits) / total
+            normalizer[part] = log_total + peak[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, target, normalizer)
+        ctx.chunk = chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        hidden, weight, bias, target, normalizer = ctx.saved_tensors
+        grad_logprobs = grads[0]
+        size, chunk = len(target), ctx.chunk
+        grad_hidden = torch.empty_like(hidden)
+        # Summed over chunks in float32; one chunk needs no sum.
+        many = size > chunk
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if many else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        for begin in range(0, size, chunk):
+            part = slice(begin, begin + chunk)
+            grad = grad_logprobs[part, None]
+            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            grad_logits = logits.sub_(normalizer[part, None]).exp_().mul_(-grad)
+            grad_logits.scatter_add_(1, target[part, None], grad)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            product = grad_logits.t() @ hidden[part]
+            grad_weight = product if grad_weight is None else grad_weight.add_(product)
+        assert grad_weight is not None  # M is never 0: every row predicts something
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(weight.dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,41 @@
+"""What one training step did, in numbers that mean the same for any number of ranks and rows."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step of the learner group; averages are over the trainable tokens of the whole batch."""
+
+    step: int
+    """Steps asked for so far, this one included, skipped ones too."""
+    skipped: str | None
+    """Why the weights were left as they were; None where they were changed."""
+    loss: float
+    grad_norm: float
+    """Norm of the gradient before clipping; infinite where it was not finite."""
+    learning_rate: float
+    seconds: float
+    sampled_tokens: int
+    """Trainable tokens learnt from."""
+    unlearnable_tokens: int
+    """Trainable tokens that nothing predicts, because they begin a sequence."""
+    total_tokens: int
+    """Sum of the lengths of the sequences: tokens as a user counts them."""
+    computed_tokens: int
+    """Distinct tokens that went through the model; the rest was shared."""
+    rows: int
+    logprob_difference: float
+    """Mean of learner logprob minus recorded logprob."""
+    logprob_abs_difference: float
+    """Mean of its absolute value: how well learner and engine agree."""
+    clip_fraction: float
+    """Share of the tokens whose gradient the clip removed."""
+    entropy: float
+    """Mean entropy of the policy where it sampled, in nats."""
+    ratio_mean: float
+    ratio_max: float
+    min_version: int
+    """Oldest version that sampled a token of the batch; -1 for an empty batch."""
+    max_version: int
+    """Newest one."""

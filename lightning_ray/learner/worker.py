@@ -1,0 +1,397 @@
+"""One rank of the learner: a DeepSpeed engine in a process of its own.
+
+Invariant: the gradient of a step is that of the whole batch's loss, however many rows and ranks it
+was split over, and a loss or gradient that is not finite never reaches the weights.
+
+Nothing heavy is imported with this module: DeepSpeed reads the environment when it is imported, so
+`setup` sets that first. A process hosts one worker.
+"""
+
+import json
+import math
+import os
+import pickle
+import random
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from lightning_ray.algorithms.base import LossConfig
+from lightning_ray.errors import UserError
+from lightning_ray.learner.config import LearnerConfig
+from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
+from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
+from lightning_ray.learner.report import StepReport
+from lightning_ray.trajectories.batch import list_arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHECKPOINT_TAG = "learner"
+STATE_FILE = "state.json"
+
+# A rank waits here for another one only within a step; the conductor's own timeouts are shorter.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+class LearnerWorker:
+    """A rank. Call `setup` once on every rank at the same time; then every method likewise.
+
+    The methods contain collectives: all ranks call the same method with the same arguments, in the
+    same order, or they wait for each other until the collective's timeout.
+    """
+
+    def __init__(self, config: LearnerConfig, model_dir: str, rank: int) -> None:
+        self.config = config
+        self.model_dir = Path(model_dir)
+        self.rank = rank
+        self._steps = 0
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks can meet if this one is rank 0: its host and a free port."""
+        import ray
+
+        host = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return host, free.getsockname()[1]
+
+    def setup(self, host: str, port: int) -> None:
+        """Meet the other ranks, load the model and make the optimiser."""
+        _set_environment(self.rank, self.config.num_ranks, host, port)
+        import torch
+
+        cuda = torch.cuda.is_available()
+        os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
+        torch.set_num_threads(self.config.num_threads)
+        import deepspeed
+
+        if not cuda:
+            # Otherwise DeepSpeed compiles a shared-memory collective at the first start: a minute,
+            # and a compiler that a user's machine need not have. Gloo does the same work.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            "nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            timeout=COLLECTIVE_TIMEOUT,
+            verbose=False,
+        )
+        random.seed(self.config.seed)
+        np.random.seed(self.config.seed)
+        torch.manual_seed(self.config.seed)
+        module = self._load_module()
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
+            lr=self.config.learning_rate,
+            betas=(self.config.beta1, self.config.beta2),
+            eps=self.config.adam_epsilon,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_deepspeed_config(self.config)
+        )
+        self.engine.train()
+
+    def step(self, batch: pa.Table, loss: LossConfig) -> StepReport:
+        """Take one optimiser step on the whole batch; see `StepReport`."""
+        start = time.perf_counter()
+        packed = pack(batch, self.config.tokens_per_row, loss.aggregation)
+        self._steps += 1
+        totals = self._accumulate(packed, loss)
+        if packed.rows:
+            self.engine.step()
+        versions = _trainable_values(batch, "versions")
+        tokens = max(1.0, totals["tokens"])
+        return StepReport(
+            step=self._steps,
+            skipped=self._skipped(packed, totals["loss"]),
+            loss=totals["loss"],
+            grad_norm=self._grad_norm() if packed.rows else 0.0,
+            learning_rate=float(self.engine.get_lr()[0]),
+            seconds=time.perf_counter() - start,
+            sampled_tokens=packed.trainable_tokens - packed.unlearnable_tokens,
+            unlearnable_tokens=packed.unlearnable_tokens,
+            total_tokens=packed.total_tokens,
+            computed_tokens=packed.distinct_tokens,
+            rows=len(packed.rows),
+            logprob_difference=totals["difference_sum"] / tokens,
+            logprob_abs_difference=totals["abs_difference_sum"] / tokens,
+            clip_fraction=totals["clipped"] / tokens,
+            entropy=totals["entropy_sum"] / tokens,
+            ratio_mean=totals["ratio_sum"] / tokens,
+            ratio_max=totals["ratio_max"],
+            min_version=int(versions.min()) if len(versions) else -1,
+            max_version=int(versions.max()) if len(versions) else -1,
+        )
+
+    def logprobs(self, batch: pa.Table) -> list[npt.NDArray[np.float32]]:
+        """The learner's logprobs of the trainable tokens, one float32 array per row of the table.
+
+        A trainable token at position 0 has none: NaN.
+        """
+        import torch
+
+        packed = pack(batch, self.config.tokens_per_row)
+        share = share_of_rank(packed.rows, self.rank, self.config.num_ranks)
+        found = torch.zeros(packed.trainable_tokens, device=self.engine.device)
+        learnable = torch.zeros_like(found)
+        self.engine.eval()
+        with torch.no_grad():
+            for row in share:
+                logprobs, _ = self._forward(row)
+                token = self._to_device(row.token)
+                found[token] = logprobs[self._to_device(row.entry)]
+                learnable[token] = 1.0
+        self.engine.train()
+        torch.distributed.all_reduce(found)
+        torch.distributed.all_reduce(learnable)
+        found[learnable == 0] = math.nan
+        offsets, trainable = list_arrays(batch["trainable"])
+        bounds = np.concatenate([[0], np.cumsum(trainable)])[offsets]
+        return [np.asarray(part) for part in np.split(found.cpu().numpy(), bounds[1:-1])]
+
+    def publish(self, path: str) -> None:
+        """Write the weights as a Hugging Face folder that an engine can load.
+
+        The folder has config, generation config and the base's tokenizer files beside the weights,
+        which are bfloat16, or of the base's type where the learner computes in float32.
+
+        Raises:
+            FileExistsError: the folder exists; a version is never overwritten.
+        """
+        import torch
+
+        # Before anything is written, and on every rank, so that all of them raise or none.
+        if Path(path).exists():
+            raise FileExistsError(f"{path} exists and is never overwritten")
+        torch.distributed.barrier()
+        if self.rank == 0:
+            target = Path(path)
+            partial = partial_folder(target)
+            weights = {
+                name: value.detach().to("cpu", self._publish_dtype)
+                for name, value in self.engine.module.model.state_dict().items()
+            }
+            self.engine.module.model.save_pretrained(partial, state_dict=weights)
+            copy_companions(self.model_dir, partial)
+            commit_folder(partial, target)
+        torch.distributed.barrier()
+
+    def save_checkpoint(self, path: str, state: dict[str, Any]) -> None:
+        """Save weights, optimiser, random generators and the caller's JSON `state` in a new folder.
+
+        Raises:
+            FileExistsError: the folder exists.
+        """
+        import torch
+
+        if Path(path).exists():
+            raise FileExistsError(f"{path} exists and is never overwritten")
+        torch.distributed.barrier()
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        if self.rank == 0:
+            partial_folder(target)
+        torch.distributed.barrier()
+        self.engine.save_checkpoint(str(partial), tag=CHECKPOINT_TAG, save_latest=False)
+        generators = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+        (partial / f"random-{self.rank}.pickle").write_bytes(pickle.dumps(generators))
+        if self.rank == 0:
+            own = {"steps": self._steps, "num_ranks": self.config.num_ranks}
+            (partial / STATE_FILE).write_text(json.dumps({"learner": own, "state": state}))
+        torch.distributed.barrier()
+        if self.rank == 0:
+            commit_folder(partial, target)
+        torch.distributed.barrier()
+
+    def load_checkpoint(self, path: str) -> dict[str, Any]:
+        """Go on from a checkpoint; the next step is what it would have been without the stop.
+
+        Returns:
+            The caller's state.
+
+        Raises:
+            UserError: there is no whole checkpoint at `path`, or another number of ranks wrote it.
+        """
+        import torch
+
+        folder = Path(path)
+        if not (folder / STATE_FILE).is_file():
+            raise UserError(f"there is no learner checkpoint in {folder}; name one that was saved")
+        saved = json.loads((folder / STATE_FILE).read_text())
+        if saved["learner"]["num_ranks"] != self.config.num_ranks:
+            raise UserError(
+                f"the checkpoint {folder} was saved by {saved['learner']['num_ranks']} ranks; "
+                f"set learner.num_ranks to that, it is {self.config.num_ranks}"
+            )
+        loaded, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
+        if loaded is None:
+            raise UserError(f"the checkpoint {folder} cannot be read; name another one")
+        generators = pickle.loads((folder / f"random-{self.rank}.pickle").read_bytes())
+        random.setstate(generators["python"])
+        np.random.set_state(generators["numpy"])
+        torch.set_rng_state(generators["torch"])
+        self._steps = saved["learner"]["steps"]
+        # What the optimiser had is right for the weights; what the user has now set counts.
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate
+            group["weight_decay"] = self.config.weight_decay
+        state: dict[str, Any] = saved["state"]
+        return state
+
+    def _load_module(self) -> Any:
+        """The model of `model_dir`, ready to be trained."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from lightning_ray.learner.forward import PolicyModule
+
+        dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(
+            self.model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+        base_dtype = getattr(torch, _dtype_name(self.model_dir), torch.float32)
+        self._publish_dtype = dtype if dtype is torch.bfloat16 else base_dtype
+        model.config.use_cache = True  # what is published is for generating
+        if self.config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return PolicyModule(model, self.config.logits_chunk)
+
+    def _to_device(self, array: npt.NDArray[Any]) -> "Tensor":
+        import torch
+
+        return torch.as_tensor(array, device=self.engine.device)
+
+    def _forward(self, row: Row) -> tuple["Tensor", "Tensor"]:
+        """Logprobs and entropies, float32[M]."""
+        logprobs, entropy = self.engine(
+            self._to_device(row.input_ids),
+            self._to_device(row.position_ids),
+            self._to_device(row.subtree_end),
+            self._to_device(row.logit_predictor),
+            self._to_device(row.logit_target),
+        )
+        return logprobs, entropy
+
+    def _accumulate(self, packed: PackedBatch, loss_config: LossConfig) -> dict[str, float]:
+        """Add up the gradients of this rank's rows; returns sums and maxima over all ranks."""
+        import torch
+
+        from lightning_ray.algorithms.losses import clipped_policy_loss
+
+        totals: dict[str, Tensor] = {}
+        for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
+            logprobs, entropy = self._forward(row)
+            entry = self._to_device(row.entry)
+            loss, metrics = clipped_policy_loss(
+                logprobs[entry],
+                self._to_device(row.old_logprobs),
+                self._to_device(row.advantages),
+                self._to_device(row.weights),
+                loss_config.epsilon_low,
+                loss_config.epsilon_high,
+            )
+            metrics |= {
+                "loss": loss.detach(),
+                "tokens": torch.tensor(float(len(entry)), device=self.engine.device),
+                "entropy_sum": entropy[entry].sum(),
+            }
+            for name, value in metrics.items():
+                before = totals.get(name, torch.zeros_like(value))
+                totals[name] = (
+                    torch.maximum(before, value) if name == "ratio_max" else before + value
+                )
+            if not torch.isfinite(loss):
+                # A gradient may be finite where its loss is not. Poison it, so that DeepSpeed's own
+                # check sees it on every rank, clears up, and leaves the weights alone.
+                loss = logprobs.sum() * math.nan
+            # DeepSpeed averages over ranks; the loss is a sum.
+            self.engine.backward(loss * self.config.num_ranks)
+        return self._reduce(totals)
+
+    def _reduce(self, totals: dict[str, "Tensor"]) -> dict[str, float]:
+        """Combine the metrics of all ranks: sums, but for the maximum."""
+        import torch
+
+        names = ["loss", "tokens", "entropy_sum", "clipped", "ratio_sum"]
+        names += ["difference_sum", "abs_difference_sum"]
+        zero = torch.zeros((), device=self.engine.device)
+        sums = torch.stack([totals.get(name, zero) for name in names]).double()
+        largest = totals.get("ratio_max", zero).double()
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return dict(zip(names, sums.tolist(), strict=True)) | {"ratio_max": largest.item()}
+
+    def _skipped(self, packed: PackedBatch, loss: float) -> str | None:
+        if not packed.rows:
+            return "nothing to learn from in the batch"
+        if self.engine.was_step_applied():
+            return None
+        if not math.isfinite(loss):
+            return "the loss was not finite"
+        return "the gradient was not finite"
+
+    def _grad_norm(self) -> float:
+        """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) and norm >= 0 else math.inf
+
+
+def _set_environment(rank: int, num_ranks: int, host: str, port: int) -> None:
+    """What DeepSpeed and torch.distributed read when they are imported or initialised."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        # Ray shows an actor only its own GPUs, so each rank is the first on what it can see.
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+    }
+
+
+def _deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's settings. The optimiser is ours, so that nothing is compiled at start."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # A step has as many rows as the batch fills: `backward` only accumulates, `step` reduces.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
+        # Sums over many rows and ranks lose small gradients in bfloat16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # Nothing to overlap with on a CPU; the default bucket alone would take 2 GB.
+            "overlap_comm": False,
+            "reduce_bucket_size": 2**25,
+            "allgather_bucket_size": 2**27,
+        },
+        "steps_per_print": 10**9,
+    }
+
+
+def _dtype_name(model_dir: Path) -> str:
+    """The type of the base's weights as its config names it: "bfloat16", "float32"."""
+    config = json.loads((model_dir / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _trainable_values(batch: pa.Table, name: str) -> npt.NDArray[Any]:
+    """The values of a list column where `trainable` is true."""
+    _, trainable = list_arrays(batch["trainable"])
+    _, values = list_arrays(batch[name])
+    selected: npt.NDArray[Any] = values[trainable.astype(np.bool_)]
+    return selected

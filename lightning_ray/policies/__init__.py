@@ -1,0 +1,12 @@
+"""The versions of a policy: numbered, immutable, with their lineage, on the MLflow registry.
+
+Owns which versions there are, where their weights lie, and which weights are still kept. It does
+not know how a version was made. The application side and the learning side both read it; it
+imports neither.
+"""
+
+from lightning_ray.policies.config import PolicyConfig
+from lightning_ray.policies.registry import PolicyRegistry, PolicyVersion
+from lightning_ray.policies.retention import prune
+
+__all__ = ["PolicyConfig", "PolicyRegistry", "PolicyVersion", "prune"]

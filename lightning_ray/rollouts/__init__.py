@@ -1,0 +1,31 @@
+"""Rollouts: tasks run to an outcome.
+
+Owns the queue, the lifecycle of rollouts and attempts, and the worker actors that launch agents. It
+must not know what is done with the spans, nor what a reward is used for.
+"""
+
+from lightning_ray.rollouts.config import RolloutsConfig, check_rollouts
+from lightning_ray.rollouts.queue import QueueClient, start_queue
+from lightning_ray.rollouts.types import (
+    AttemptOutcome,
+    AttemptStatus,
+    Identity,
+    RolloutRecord,
+    RolloutSpec,
+    RolloutStatus,
+)
+from lightning_ray.rollouts.worker import WorkerGroup
+
+__all__ = [
+    "AttemptOutcome",
+    "AttemptStatus",
+    "Identity",
+    "QueueClient",
+    "RolloutRecord",
+    "RolloutSpec",
+    "RolloutStatus",
+    "RolloutsConfig",
+    "WorkerGroup",
+    "check_rollouts",
+    "start_queue",
+]

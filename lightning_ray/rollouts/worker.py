@@ -1,0 +1,225 @@
+"""The rollout worker: an actor that launches agents, grades what they did, and reports.
+
+Invariant: the spans that say how an attempt ended and what it was worth are stored before the queue
+hears that it ended. A fault of ours (a store that is down, say) is never a reward: the attempt is
+reported as failed, and the rollout's policy decides whether it is tried again.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from lightning_ray.agents import (
+    AgentConfig,
+    AgentEnd,
+    AgentResult,
+    Grader,
+    GraderError,
+    Launcher,
+    Task,
+    attempt_environment,
+    grade,
+    load_grader,
+    make_launcher,
+)
+from lightning_ray.errors import LightningRayError
+from lightning_ray.rollouts.config import RolloutsConfig
+from lightning_ray.rollouts.queue import QueueClient
+from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
+from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
+
+log = logging.getLogger(__name__)
+
+DEQUEUE_WAIT_S = 10.0
+SHOWN_CHARACTERS = 2000
+"""How much of an agent's output goes into spans and reports."""
+
+
+class RolloutWorker:
+    """The actor's class: `slots` attempts at a time."""
+
+    def __init__(
+        self,
+        agent: AgentConfig,
+        slots: int,
+        queue: ActorHandle,
+        spans: SpanClient,
+        gateway_url: str,
+    ):
+        self._config = agent
+        self._slots = slots
+        self._queue = queue
+        self._spans = spans
+        self._gateway_url = gateway_url
+        self._running: list[asyncio.Task[None]] = []
+        self._launcher: Launcher | None = None
+        self._grader: Grader | None = None
+
+    async def start(self) -> None:
+        """Begins to take work. Raises UserError when the agent or its grader cannot be loaded."""
+        self._grader = load_grader(self._config.grader)
+        self._launcher = make_launcher(self._config)
+        await self._launcher.start()
+        self._running = [asyncio.create_task(self._work()) for _ in range(self._slots)]
+
+    async def stop(self) -> None:
+        """Stops the agents that run, and takes no more work."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        if self._launcher is not None:
+            await self._launcher.close()
+
+    async def _work(self) -> None:
+        while True:
+            try:
+                lease = await self._queue.dequeue.remote(DEQUEUE_WAIT_S)
+            except ray.exceptions.RayActorError as error:
+                log.error("the rollout queue is gone, this worker slot ends: %s", error)
+                return
+            if lease is not None:
+                await self._attempt(lease)
+
+    async def _attempt(self, lease: Lease) -> None:
+        begun = time.time_ns()
+        try:
+            outcome, result = await self._run(lease)
+        except LightningRayError as error:
+            # Ours, not the agent's: no reward, and the queue decides about another attempt.
+            log.warning("attempt %s failed: %s", lease.attempt_id, error)
+            outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=str(error)), None
+        try:
+            await self._spans.append(_end_spans(lease, outcome, result, begun))
+        except LightningRayError as error:
+            log.error("attempt %s could not be recorded: %s", lease.attempt_id, error)
+            outcome = AttemptOutcome(AttemptStatus.FAILED, error=str(error))
+        await self._queue.finish.remote(lease.attempt_id, outcome)
+
+    async def _run(self, lease: Lease) -> tuple[AttemptOutcome, AgentResult | None]:
+        assert self._launcher is not None and self._grader is not None
+        base_url = f"{self._gateway_url}/a/{lease.capability}"
+        # The key is no secret: the door looks at the path. Clients refuse to start without one.
+        environment = attempt_environment(base_url, api_key="lightning-ray")
+        task = Task(lease.task_id, lease.task)
+        agent = asyncio.ensure_future(self._launcher.run(task, environment, lease.timeout_s))
+        cancelled = asyncio.ensure_future(_watch(self._queue, lease.attempt_id))
+        try:
+            await asyncio.wait([agent, cancelled], return_when=asyncio.FIRST_COMPLETED)
+            if not agent.done():
+                return AttemptOutcome(AttemptStatus.CANCELLED), None
+            result = agent.result()
+        finally:
+            for waiting in (agent, cancelled):
+                waiting.cancel()
+            await asyncio.gather(agent, cancelled, return_exceptions=True)
+        status, error = _verdict(result)
+        rewards: dict[str, float] = {}
+        if status is AttemptStatus.SUCCEEDED:
+            table = await self._spans.fetch([lease.attempt_id])
+            try:
+                rewards = await asyncio.to_thread(grade, self._grader, task, result, table)
+            except GraderError as raised:
+                status, error = AttemptStatus.FAILED, f"grader: {raised}"
+        outcome = AttemptOutcome(
+            status,
+            rewards,
+            result=result.stdout[:SHOWN_CHARACTERS],
+            error=error,
+            seconds=result.seconds,
+            warm=result.warm,
+        )
+        return outcome, result
+
+
+async def _watch(queue: ActorHandle, attempt_id: str) -> None:
+    await queue.cancelled.remote(attempt_id)
+
+
+def _verdict(result: AgentResult) -> tuple[AttemptStatus, str]:
+    """What an agent's end means for its attempt, and why when it is not a success."""
+    tail = result.stderr.strip()[-SHOWN_CHARACTERS:]
+    if result.end is AgentEnd.EXITED and result.exit_code == 0:
+        return AttemptStatus.SUCCEEDED, ""
+    if result.end is AgentEnd.TIMED_OUT:
+        return AttemptStatus.TIMED_OUT, f"stopped after {result.seconds:.0f} s\n{tail}".strip()
+    if result.end is AgentEnd.CANCELLED:
+        return AttemptStatus.CANCELLED, ""
+    if result.end is AgentEnd.KILLED:
+        reason = f"killed by signal {result.signal}"
+    elif result.end is AgentEnd.LAUNCH_FAILED:
+        reason = "could not be started"
+    else:
+        reason = f"exit code {result.exit_code}"
+    return AttemptStatus.FAILED, f"{reason}\n{tail}".strip()
+
+
+def _end_spans(
+    lease: Lease, outcome: AttemptOutcome, result: AgentResult | None, begun: int
+) -> list[dict[str, Any]]:
+    """How the attempt ended, and its rewards, as spans."""
+    place = {
+        "run_id": lease.run_id,
+        "rollout_id": lease.rollout_id,
+        "attempt_id": lease.attempt_id,
+    }
+    good = outcome.status is AttemptStatus.SUCCEEDED
+    attributes: dict[str, Any] = {
+        "task_id": lease.task_id,
+        "status": outcome.status.value,
+        "stdout": outcome.result,
+        "error": outcome.error,
+    }
+    if result is not None:
+        attributes |= {
+            "end": result.end.value,
+            "exit_code": result.exit_code,
+            "seconds": round(result.seconds, 3),
+            "warm": result.warm,
+            "stderr": result.stderr[-SHOWN_CHARACTERS:],
+        }
+    rows = [
+        span(
+            SpanKind.RESOURCE,
+            "attempt",
+            **place,
+            start_ns=begun,
+            status=SpanStatus.OK if good else SpanStatus.ERROR,
+            attributes=attributes,
+        )
+    ]
+    for name, value in outcome.rewards.items():
+        rows.append(span(SpanKind.REWARD, name, **place, value=value))
+    return rows
+
+
+class WorkerGroup:
+    """`config.num_workers` workers that take from one queue."""
+
+    def __init__(
+        self,
+        config: RolloutsConfig,
+        agent: AgentConfig,
+        queue: QueueClient,
+        spans: SpanClient,
+        gateway_url: str,
+    ):
+        """Starts the workers; they take work at once. Raises what `RolloutWorker.start` raises."""
+        actor = ray.remote(RolloutWorker).options(
+            num_cpus=config.num_cpus, max_concurrency=100, max_restarts=0
+        )
+        self._workers = [
+            actor.remote(agent, config.slots_per_worker, queue.actor, spans, gateway_url)
+            for _ in range(config.num_workers)
+        ]
+        ray.get([worker.start.remote() for worker in self._workers], timeout=120)
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Stops the workers and every agent they run."""
+        stopping = [worker.stop.remote() for worker in self._workers]
+        ray.wait(stopping, num_returns=len(stopping), timeout=timeout_s)
+        for worker in self._workers:
+            ray.kill(worker)

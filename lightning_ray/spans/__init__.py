@@ -1,0 +1,25 @@
+"""Spans: what happened, durable and columnar.
+
+Owns the schema, the store, its segments on disk and every read of them; it is the only room that
+writes files of spans. It must not know what anybody learns from them: no algorithm, no engine.
+"""
+
+from lightning_ray.spans.client import SpanClient, start_store
+from lightning_ray.spans.config import SpansConfig, check_spans
+from lightning_ray.spans.rows import attempt_id_of, new_span_id, span, to_batch
+from lightning_ray.spans.schema import SCHEMA_VERSION, SPAN_SCHEMA, SpanKind, SpanStatus
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "SPAN_SCHEMA",
+    "SpanClient",
+    "SpanKind",
+    "SpanStatus",
+    "SpansConfig",
+    "attempt_id_of",
+    "check_spans",
+    "new_span_id",
+    "span",
+    "start_store",
+    "to_batch",
+]

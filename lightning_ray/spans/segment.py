@@ -1,0 +1,149 @@
+"""One segment: an append-only Arrow IPC stream on disk.
+
+Invariant: a batch whose `append` returned is on the disk (fsync) and is read back by every later
+`read_segment`, whatever happens to the process. Only the batch being written when a process died
+may be missing; it is cut off at the tail and counted, never an error.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.spans.schema import SPAN_SCHEMA
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".arrows"
+
+
+@dataclass(frozen=True)
+class BatchPlace:
+    """Where one record batch lies: a segment's file, and a byte range in it."""
+
+    path: Path
+    offset: int
+    length: int
+
+
+class SegmentWriter:
+    """Writes record batches of SPAN_SCHEMA to a new file; one thread at a time."""
+
+    def __init__(self, path: Path):
+        """Creates `path`, which must not exist, and makes its name durable."""
+        self.path = path
+        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 (kept open)
+        # Written to the operating system by us and not by Arrow's buffer, so that `size` is true.
+        self._write(SPAN_SCHEMA.serialize())
+        self._sync()
+        _sync_folder(path.parent)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self._file.tell()
+
+    def append(self, batch: pa.RecordBatch) -> BatchPlace:
+        """Writes one batch and waits for the disk. Raises OSError (a full disk, say).
+
+        After an error the file is cut back to where it was, so that the next append finds a clean
+        tail; if even that fails the writer refuses further appends.
+        """
+        start = self._file.tell()
+        try:
+            self._write(batch.serialize())
+            self._sync()
+        except OSError:
+            self._cut(start)
+            raise
+        return BatchPlace(self.path, start, self._file.tell() - start)
+
+    def close(self) -> None:
+        """Ends the stream; the segment is complete."""
+        self._file.close()
+
+    def _write(self, buffer: pa.Buffer) -> None:
+        self._file.write(buffer)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _cut(self, size: int) -> None:
+        try:
+            # What is still buffered must not follow: drop the file object, keep the bytes before.
+            self._file.close()
+        except OSError as error:
+            log.warning("closing %s after a failed append: %s", self.path, error)
+        os.truncate(self.path, size)
+        self._file = open(self.path, "ab")  # noqa: SIM115 (kept open)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class SegmentScan:
+    """What `read_segment` found."""
+
+    batches: list[tuple[BatchPlace, pa.RecordBatch]]
+    lost_bytes: int
+    """Bytes of a torn last batch, left unread; 0 for a clean segment."""
+
+
+def read_segment(path: Path) -> SegmentScan:
+    """Reads a segment through a memory map: the batches' buffers are the file's own pages.
+
+    Raises InfrastructureError when the file does not begin with the span schema.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        return SegmentScan([], 0)
+    with pa.memory_map(str(path)) as source:
+        try:
+            schema = pa.ipc.read_schema(source)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InfrastructureError(
+                f"span segment {path} has no readable schema: {error}"
+            ) from error
+        if not schema.equals(SPAN_SCHEMA):
+            raise InfrastructureError(f"span segment {path} has another schema than this version's")
+        batches = []
+        end = source.tell()
+        for place, batch in _batches(path, source, size):
+            batches.append((place, batch))
+            end = place.offset + place.length
+    if end < size:
+        log.warning("segment %s: %d bytes of a torn last batch are left out", path, size - end)
+    return SegmentScan(batches, size - end)
+
+
+def _batches(
+    path: Path, source: pa.NativeFile, size: int
+) -> Iterator[tuple[BatchPlace, pa.RecordBatch]]:
+    while (start := source.tell()) < size:
+        try:
+            message = pa.ipc.read_message(source)
+            batch = pa.ipc.read_record_batch(message, SPAN_SCHEMA)
+            # A batch cut inside its body still parses when the file was extended with zeros.
+            batch.validate()
+        except (pa.ArrowInvalid, EOFError, OSError):
+            return
+        yield BatchPlace(path, start, source.tell() - start), batch
+
+
+def read_batch(place: BatchPlace) -> pa.RecordBatch:
+    """One batch, from where `append` or `read_segment` said it lies."""
+    with pa.memory_map(str(place.path)) as source:
+        source.seek(place.offset)
+        return pa.ipc.read_record_batch(pa.ipc.read_message(source), SPAN_SCHEMA)

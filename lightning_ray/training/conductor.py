@@ -1,0 +1,331 @@
+"""The conductor: who does what when.
+
+One step is: take the next tasks in order, run a group of rollouts for each, turn what happened into
+credited sequences, let the learner take one step on them, publish its weights as the next version,
+and have the engines take that version on. Bulk data does not pass through here: spans and batches
+go from store to learner through Ray's object store.
+
+Invariants: a version is never overwritten; a checkpoint holds weights, optimiser and `RunState` of
+one moment, so a resumed run continues step count, versions and the order of tasks.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from lightning_ray.agents import Task
+from lightning_ray.algorithms import make_algorithm
+from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.evaluation import HeldoutReport
+from lightning_ray.learner import StepReport, read_state
+from lightning_ray.policies import PolicyRegistry, PolicyVersion, prune
+from lightning_ray.rollouts import RolloutRecord, RolloutSpec, RolloutStatus
+from lightning_ray.tracking import Progress, TrackedRun
+from lightning_ray.training.batches import Batch, make_batch
+from lightning_ray.training.config import TrainConfig
+from lightning_ray.training.folder import RunFolder
+from lightning_ray.training.order import TaskOrder
+from lightning_ray.training.parts import Parts
+from lightning_ray.training.samples import write_samples
+from lightning_ray.training.state import RunState
+
+log = logging.getLogger(__name__)
+
+PUBLISH_TIMEOUT_S = 300.0
+CHECKPOINT_TIMEOUT_S = 900.0
+BATCH_TIMEOUT_S = 300.0
+
+
+class Conductor:
+    """Trains one policy, step by step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        parts: Parts,
+        tracked: TrackedRun,
+        registry: PolicyRegistry,
+        progress: Progress,
+        tasks: Sequence[Task],
+        heldout: Sequence[Task],
+        base: Path,
+    ):
+        self._config = config
+        self._folder = folder
+        self._parts = parts
+        self._tracked = tracked
+        self._registry = registry
+        self._progress = progress
+        self._order = TaskOrder(tasks, config.training.seed)
+        self._heldout = list(heldout)
+        self._base = base
+        self._algorithm = make_algorithm(config.algorithm)
+        self.state = RunState()
+        # Rollouts of a step that is done again after a resume must not be taken for the first ones.
+        self._session = secrets.token_hex(3)
+        self._pinned: set[int] = set()
+
+    @staticmethod
+    def peek(checkpoint: Path) -> RunState:
+        """The state that a checkpoint was saved with, without loading its weights."""
+        return RunState.from_json(read_state(checkpoint))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint of this run."""
+        saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
+        self.state = RunState.from_json(saved)
+        self._pinned.add(self.state.version)
+
+    def train(self) -> None:
+        """Trains up to `training.steps`, and leaves a checkpoint of the end.
+
+        Raises InfrastructureError when a part is lost, UserError when too few rollouts come to a
+        reward; the last checkpoint stays usable.
+        """
+        if self.state.step == 0:
+            self._register(0, self._base, None, 0, "base model")
+        while self.state.step < self._config.training.steps:
+            begun = time.monotonic()
+            metrics = self._step()
+            seconds = time.monotonic() - begun
+            self.state.train_seconds += seconds
+            metrics["seconds"] = seconds
+            self.state.history.append({"step": float(self.state.step), **metrics})
+            self._tracked.log_metrics(metrics, self.state.step)
+            self._progress.step_done(self.state.step, metrics)
+            last = self.state.step == self._config.training.steps
+            if last or self.state.step % self._config.training.checkpoint_every == 0:
+                self._checkpoint()
+
+    def evaluate(self) -> HeldoutReport | None:
+        """Scores the current version on the held-out tasks; None when there are none."""
+        if not self._heldout:
+            return None
+        with self._progress.phase(f"scoring version {self.state.version}", slow=True):
+            samples = self._config.evaluation.samples_per_task
+            records = self._rollouts("heldout", self._heldout, samples)
+        self._warn_of_failures(records)
+        return HeldoutReport.from_rewards(
+            [r.outcome.rewards if _graded(r) and r.outcome else None for r in records],
+            policy=self._config.policy.name,
+            version=self.state.version,
+            step=self.state.step,
+        )
+
+    def say_results(
+        self, before: float | None, after: float | None, model: Path, ui: str, fragment: str
+    ) -> None:
+        """Tells the person at the terminal what came of the run, and where it lies."""
+        say = self._progress.note
+        if before is not None and after is not None:
+            say(f"held-out score {before:.3f} before, {after:.3f} after")
+        say(f"learning curve    {self._folder.curve}")
+        say(f"trained model     {model}")
+        say(f"summary           {self._folder.summary}")
+        say(f"open it in MLflow: {ui}   then http://127.0.0.1:5000/{fragment.lstrip('/')}")
+
+    def _step(self) -> dict[str, float]:
+        config = self._config
+        step = self.state.step + 1
+        tasks = self._order.take(self.state.position, config.training.tasks_per_step)
+        with self._progress.phase("rollouts") as rolling:
+            records = self._rollouts(f"s{step:05d}", tasks, config.algorithm.group_size)
+        self._require_usable(records)
+        with self._progress.phase("batch") as batching:
+            sequences, batch = self._batch(records)
+        with self._progress.phase("learn") as learning:
+            report = self._learn(sequences, batch)
+        trained_from = self.state.version
+        with self._progress.phase("weights") as handing:
+            if report is not None and report.skipped is None:
+                self._publish(step)
+        self.state.step = step
+        self.state.position += len(tasks)
+        self.state.tokens_generated += batch.report.trainable_tokens
+        self.state.left_out += batch.left_out
+        if step == config.training.steps:
+            self._samples(records, sequences, batch)
+        oldest = trained_from if batch.oldest_version is None else batch.oldest_version
+        metrics: dict[str, float] = {
+            **batch.rewards,
+            **self._learner_metrics(report),
+            "version": float(self.state.version),
+            "staleness": float(trained_from - oldest),
+            "groups_used": float(batch.used_groups),
+            "groups_flat": float(batch.flat_groups),
+            "left_out": float(batch.left_out),
+            "sampled_tokens": float(batch.report.trainable_tokens),
+            "tokens_per_second": batch.report.trainable_tokens / max(rolling.seconds, 1e-9),
+            "attempts": float(sum(len(record.attempts) for record in records)),
+            "seconds_rollouts": rolling.seconds,
+            "seconds_batch": batching.seconds,
+            "seconds_learn": learning.seconds,
+            "seconds_weights": handing.seconds,
+        }
+        return metrics
+
+    def _rollouts(self, prefix: str, tasks: Sequence[Task], samples: int) -> list[RolloutRecord]:
+        """Runs `samples` rollouts of each task; returns their records in order, all ended."""
+        config = self._config
+        specs = [
+            RolloutSpec(
+                rollout_id=f"{prefix}-{self._session}-{place:04d}-{sample:02d}",
+                task_id=task.id,
+                task=task.data,
+                timeout_s=config.agent.timeout_s,
+                max_attempts=config.rollouts.max_attempts,
+                group_id=f"{prefix}-{place:04d}",
+            )
+            for place, task in enumerate(tasks)
+            for sample in range(samples)
+        ]
+        ids = [spec.rollout_id for spec in specs]
+        self._progress.update(queue=len(ids))
+        self._parts.queue.enqueue(specs)
+        deadline = time.monotonic() + config.rollouts.batch_timeout_s
+        while True:
+            # In slices, so that the panel shows the queue and Ctrl-C is heard.
+            records = self._parts.queue.wait(ids, min(2.0, config.rollouts.batch_timeout_s))
+            counts = self._parts.queue.counts()
+            self._progress.update(queue=counts.queued, running=counts.running)
+            if len(records) == len(ids):
+                break
+            if time.monotonic() > deadline:
+                self._parts.queue.cancel(ids)
+                records = self._parts.queue.wait(ids, 10.0)
+                log.warning("cancelled what was unfinished of %s", prefix)
+                break
+        self._parts.queue.forget(ids)
+        return records
+
+    def _batch(self, records: Sequence[RolloutRecord]) -> tuple["ray.ObjectRef", Batch]:
+        """The step's batch: a reference to its sequences, and what is known of them."""
+        ended = [record.attempt_id for record in records if record.attempts]
+        # A task of its own: the spans go from the store to it, and its table to the learner,
+        # without passing through this process.
+        build = ray.remote(make_batch).options(num_cpus=0, num_returns=2)
+        sequences, batch = build.remote(
+            list(records),
+            self._parts.store.read(ended),
+            self._algorithm,
+            self._config.policy.name,
+        )
+        try:
+            return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError as error:
+            raise InfrastructureError(
+                f"the step's batch was not built within {BATCH_TIMEOUT_S:g} s"
+            ) from error
+
+    def _learn(self, sequences: "ray.ObjectRef", batch: Batch) -> StepReport | None:
+        """One learner step; None when no group of the batch had any contrast."""
+        if batch.rows == 0:
+            self._progress.note("no group had any contrast: nothing to learn in this step")
+            return None
+        report = self._parts.learner.step(
+            sequences, self._algorithm.loss, self._config.training.step_timeout_s
+        )
+        if report.skipped is not None:
+            self._progress.note(f"the learner skipped a step: {report.skipped}")
+        return report
+
+    def _publish(self, step: int) -> None:
+        """Makes the learner's weights the next version, and hands it to the engines."""
+        number = max(self._folder.last_version(), self.state.version) + 1
+        path = self._parts.learner.publish(self._folder.version(number), PUBLISH_TIMEOUT_S)
+        self._register(number, path, self.state.version, step, self._config.algorithm.name)
+        self._parts.engines.update_weights(str(path), number)
+        self.state.version = number
+        prune(
+            self._registry,
+            self._folder.versions,
+            keep=self._config.policy.keep_versions,
+            pinned=self._pinned,
+        )
+
+    def _checkpoint(self) -> None:
+        with self._progress.phase("checkpoint"):
+            path = self._folder.checkpoint(self.state.step)
+            # A step that was trained again after a resume leaves the checkpoint that is there.
+            if not path.exists():
+                self._pinned.add(self.state.version)
+                self._parts.learner.save_checkpoint(
+                    path, self.state.to_json(), CHECKPOINT_TIMEOUT_S
+                )
+            self._folder.prune_checkpoints(self._config.training.keep_checkpoints)
+
+    def _register(
+        self, number: int, path: Path, parent: int | None, step: int, created_by: str
+    ) -> None:
+        self._registry.register(
+            PolicyVersion(
+                policy=self._config.policy.name,
+                number=number,
+                path=path,
+                run_id=self._tracked.run_id,
+                parent=parent,
+                step=step,
+                created_by=created_by,
+                base_model=self._config.policy.model,
+            )
+        )
+
+    def _require_usable(self, records: Sequence[RolloutRecord]) -> None:
+        usable = sum(_graded(record) for record in records)
+        self._warn_of_failures(records)
+        if usable < self._config.training.min_usable * len(records):
+            reason = next((_why(record) for record in records if not _graded(record)), "")
+            raise UserError(
+                f"only {usable} of {len(records)} rollouts of step {self.state.step + 1} came to a "
+                f"reward (training.min_usable={self._config.training.min_usable}); "
+                f"the first that did not: {reason}"
+            )
+
+    def _warn_of_failures(self, records: Sequence[RolloutRecord]) -> None:
+        failed = [record for record in records if not _graded(record)]
+        if failed:
+            self._progress.note(
+                f"{len(failed)} of {len(records)} rollouts left out; the first: {_why(failed[0])}"
+            )
+
+    def _samples(
+        self, records: Sequence[RolloutRecord], sequences: "ray.ObjectRef", batch: Batch
+    ) -> None:
+        count = self._config.tracking.sample_trajectories
+        if batch.rows and count:
+            table = ray.get(sequences, timeout=BATCH_TIMEOUT_S).slice(0, count)
+            write_samples(self._folder.trajectories, records, table, self._base)
+
+    @staticmethod
+    def _learner_metrics(report: StepReport | None) -> dict[str, float]:
+        if report is None:
+            return {}
+        return {
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "entropy": report.entropy,
+            "clip_fraction": report.clip_fraction,
+            "logprob_abs_difference": report.logprob_abs_difference,
+            "ratio_mean": report.ratio_mean,
+            "tokens_batch": float(report.total_tokens),
+            "tokens_computed": float(report.computed_tokens),
+            "learning_rate": report.learning_rate,
+        }
+
+
+def _graded(record: RolloutRecord) -> bool:
+    return record.status is RolloutStatus.SUCCEEDED
+
+
+def _why(record: RolloutRecord) -> str:
+    """Why a rollout came to no reward: its last attempt's status and the end of its stderr."""
+    if record.outcome is None:
+        return f"{record.spec.rollout_id}: {record.status.value}"
+    error = " | ".join(line for line in record.outcome.error.splitlines() if line.strip())
+    tail = error if len(error) <= 400 else error[:120] + " ... " + error[-270:]
+    return f"{record.spec.rollout_id} ({record.outcome.status.value}): {tail}"

@@ -1,0 +1,82 @@
+"""The configuration of a training job: every room's settings, and the conductor's own."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from lightning_ray.agents import AgentConfig
+from lightning_ray.algorithms import AlgorithmConfig, check_algorithm
+from lightning_ray.cluster import ClusterConfig, check_cluster
+from lightning_ray.errors import UserError
+from lightning_ray.evaluation import EvaluationConfig, check_evaluation
+from lightning_ray.gateway import GatewayConfig, check_gateway
+from lightning_ray.inference import InferenceConfig, check_inference
+from lightning_ray.learner import LearnerConfig, check_learner
+from lightning_ray.policies import PolicyConfig
+from lightning_ray.rollouts import RolloutsConfig, check_rollouts
+from lightning_ray.spans import SpansConfig, check_spans
+from lightning_ray.tracking import TrackingConfig
+
+
+@dataclass
+class TrainingConfig:
+    """What the conductor does."""
+
+    tasks: str = MISSING
+    """JSONL file of training tasks."""
+    steps: int = 24
+    """Steps to train; a resumed run goes on up to the same number."""
+    tasks_per_step: int = 8
+    """Tasks of one step; each becomes algorithm.group_size rollouts."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints of weights, optimiser and run state."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are removed."""
+    seed: int = 0
+    """Seed of the order of tasks; the engine and the learner have their own."""
+    step_timeout_s: float = 1800.0
+    """Longest that the learner may take for one step, seconds."""
+    min_usable: float = 0.5
+    """Share of a step's rollouts that must come to a reward; below it the run stops."""
+
+
+@dataclass
+class TrainConfig:
+    """A training job."""
+
+    name: str = "train"
+    """Begins the run's id."""
+    output_dir: str = "outputs"
+    """Folder that holds runs, each in a folder of its own, and MLflow's store."""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
+    spans: SpansConfig = field(default_factory=SpansConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+def check_train(config: TrainConfig) -> None:
+    """Checks every value that can be checked without loading anything. Raises UserError."""
+    training = config.training
+    for name in ("steps", "tasks_per_step", "checkpoint_every", "keep_checkpoints"):
+        if getattr(training, name) < 1:
+            raise UserError(f"training.{name}={getattr(training, name)}: must be at least 1")
+    if not 0 <= training.min_usable <= 1:
+        raise UserError(f"training.min_usable={training.min_usable}: must lie between 0 and 1")
+    if not config.name or "/" in config.name:
+        raise UserError(f"name={config.name!r}: it begins a folder's name; use letters and digits")
+    check_algorithm(config.algorithm)
+    check_inference(config.inference)
+    check_learner(config.learner)
+    check_rollouts(config.rollouts)
+    check_spans(config.spans)
+    check_gateway(config.gateway)
+    check_evaluation(config.evaluation)
+    check_cluster(config.cluster)

@@ -1,0 +1,114 @@
+"""The folder of a run: where each thing lies, and finding a run again.
+
+OUTPUT_DIR/mlflow.db               every run's tracking store
+OUTPUT_DIR/RUN_ID/overrides.json   what was typed
+OUTPUT_DIR/RUN_ID/run.json         the MLflow run, the base model
+OUTPUT_DIR/RUN_ID/spans/           the span store's segments
+OUTPUT_DIR/RUN_ID/versions/N/      weights of version N, a Hugging Face folder
+OUTPUT_DIR/RUN_ID/checkpoints/     weights, optimiser and run state
+OUTPUT_DIR/RUN_ID/summary.json     the result
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_ray.errors import UserError
+from lightning_ray.tracking import write_json
+
+_CHECKPOINT = re.compile(r"step-(\d+)$")
+_VERSION = re.compile(r"\d+$")
+
+
+class RunFolder:
+    """The paths of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.run_id = path.name
+        self.spans = path / "spans"
+        self.versions = path / "versions"
+        self.checkpoints = path / "checkpoints"
+        self.summary = path / "summary.json"
+        self.curve = path / "learning_curve.png"
+        self.trajectories = path / "trajectories.html"
+
+    @classmethod
+    def create(cls, output_dir: Path, name: str, overrides: Sequence[str]) -> "RunFolder":
+        """A new run's folder. Raises UserError when it cannot be written."""
+        run_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder = cls(output_dir.absolute() / run_id)
+        try:
+            folder.path.mkdir(parents=True)
+            folder.versions.mkdir()
+            folder.checkpoints.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"output_dir={output_dir}: cannot make a run's folder there ({error.strerror}); "
+                "name one that you can write"
+            ) from error
+        write_json(folder.path / "overrides.json", list(overrides))
+        return folder
+
+    @classmethod
+    def find(cls, output_dir: Path, run: str) -> "RunFolder":
+        """The folder of an earlier run, by its id or path. Raises UserError when there is none."""
+        for candidate in (output_dir / run, Path(run)):
+            if (candidate / "overrides.json").is_file():
+                return cls(candidate.absolute())
+        known = sorted(p.parent.name for p in output_dir.glob("*/overrides.json"))
+        there = f"the runs there are: {', '.join(known[-5:])}" if known else "there are none there"
+        raise UserError(f"resume={run}: no such run in {output_dir}; {there}")
+
+    def overrides(self) -> list[str]:
+        """What was typed when the run was begun."""
+        return json.loads((self.path / "overrides.json").read_text())
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Keeps what a resumed run must not look up anew."""
+        write_json(self.path / "run.json", facts)
+
+    def facts(self) -> dict[str, Any]:
+        """What `write_facts` kept; empty for a run that stopped before it began."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = self._numbered(self.checkpoints, _CHECKPOINT)
+        return found[-1] if found else None
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Removes all but the newest `keep` checkpoints."""
+        for old in self._numbered(self.checkpoints, _CHECKPOINT)[:-keep]:
+            # Renamed first, so that a half removed checkpoint is never taken for a whole one.
+            doomed = old.with_name(f".removing-{old.name}")
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
+
+    def version(self, number: int) -> Path:
+        """Where the weights of a version lie."""
+        return self.versions / str(number)
+
+    def last_version(self) -> int:
+        """The highest version with a folder; 0 when only the base model is there."""
+        found = self._numbered(self.versions, _VERSION)
+        return int(found[-1].name) if found else 0
+
+    @staticmethod
+    def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+        def number(path: Path) -> int:
+            return int(re.findall(r"\d+", path.name)[-1])
+
+        found = [p for p in folder.iterdir() if pattern.match(p.name)] if folder.is_dir() else []
+        return sorted(found, key=number)

@@ -1,0 +1,33 @@
+"""The state of a run: what, beside weights and optimiser, a resumed run goes on from."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """Saved inside every checkpoint, so that it always belongs to its weights."""
+
+    step: int = 0
+    """Steps trained."""
+    version: int = 0
+    """The policy version that these weights were published as; 0 is the base model."""
+    position: int = 0
+    """Place in the order of tasks (see `TaskOrder`)."""
+    train_seconds: float = 0.0
+    tokens_generated: int = 0
+    heldout_before: dict[str, Any] | None = None
+    """Report of the base model on the held-out tasks."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of every step trained, oldest first."""
+    left_out: int = 0
+    """Rollouts that came to no reward, over all steps."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "RunState":
+        """The state that `to_json` made. Raises TypeError for another object."""
+        return cls(**value)
