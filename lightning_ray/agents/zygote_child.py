@@ -145,10 +145,12 @@ class Ending:
         """Finalise what is the agent's, flush every file, and exit.
 
         Follows the interpreter's order: reset `sys`, forget the modules, collect while their
-        globals are intact, empty those that something still holds.
+        globals are intact.
         """
         if self.code is None or self._libc is None:
             return
+        if len(sys._current_frames()) > 1:
+            return  # daemon threads are the interpreter's to stop
         try:
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None and not stream.closed:
@@ -166,9 +168,6 @@ class Ending:
         sys.modules.clear()
         atexit._clear()
         gc.collect()
-        for thing in gc.get_objects():
-            if type(thing) is dict and "__builtins__" in thing and thing.get("__name__") in own:
-                _empty(thing)
         _flush(open_files())
         _flush(self._shared_files)
         self._libc.fflush(None)
@@ -186,15 +185,6 @@ def open_files() -> list[Any]:
         # Not isinstance: a proxy may answer for what it stands for, and load it.
         if issubclass(type(thing), kind)
     ]
-
-
-def _empty(namespace: dict[str, Any]) -> None:
-    """Drop a module's globals, private names first, as the interpreter does."""
-    for private in (True, False):
-        for name in list(namespace):
-            hidden = name.startswith("_") and not name.startswith("__")
-            if name != "__builtins__" and hidden is private:
-                namespace[name] = None
 
 
 def _flush(files: list[Any]) -> None:

@@ -5,6 +5,7 @@ process killed while writing leaves a hidden `.NAME.partial` beside it, which th
 A folder that exists is never written to again.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -40,16 +41,20 @@ def commit_folder(partial: Path, path: Path) -> None:
     _sync(path.parent)
 
 
-def copy_companions(base: Path, target: Path) -> None:
-    """Copy the files of a model folder that are not weights and that `target` does not have.
+def copy_companions(base: Path, target: Path, dtype: str) -> None:
+    """Copy the files of a model folder that are not weights; `target` has weights of type `dtype`.
 
-    That is the tokenizer, its chat template, the generation settings, the licence: the names differ
-    from model to model, so what is left out is named instead.
+    That is the configuration, the tokenizer, its chat template, the generation settings, the
+    licence. Names differ from model to model, so what is left out is named instead. They replace
+    what is there: the base's own files say what its author meant.
     """
     for source in sorted(base.iterdir()):
         is_weight = source.suffix in WEIGHT_SUFFIXES or source.name.endswith(".index.json")
-        if source.is_file() and not is_weight and not (target / source.name).exists():
+        if source.is_file() and not is_weight:
             shutil.copyfile(source, target / source.name)
+    config = json.loads((target / "config.json").read_text())
+    config.pop("torch_dtype", None)  # the older name of the same setting
+    (target / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
 
 
 def _sync(path: Path) -> None:

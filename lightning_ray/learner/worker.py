@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from lightning_ray.algorithms.base import LossConfig
 from lightning_ray.errors import UserError
+from lightning_ray.learner.checkpoint import STATE_FILE
 from lightning_ray.learner.config import LearnerConfig
 from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
 from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_TAG = "learner"
-STATE_FILE = "state.json"
 
 # A rank waits here for another one only within a step; the conductor's own timeouts are shorter.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -180,7 +180,9 @@ class LearnerWorker:
                 for name, value in self.engine.module.model.state_dict().items()
             }
             self.engine.module.model.save_pretrained(partial, state_dict=weights)
-            copy_companions(self.model_dir, partial)
+            copy_companions(
+                self.model_dir, partial, str(self._publish_dtype).removeprefix("torch.")
+            )
             commit_folder(partial, target)
         torch.distributed.barrier()
 
@@ -254,9 +256,11 @@ class LearnerWorker:
         """The model of `model_dir`, ready to be trained."""
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
         from lightning_ray.learner.forward import PolicyModule
 
+        disable_progress_bar()
         dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(
             self.model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True

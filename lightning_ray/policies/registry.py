@@ -76,8 +76,10 @@ class PolicyRegistry:
         Raises:
             UserError: the store cannot be opened, or `name` is no name for a registered model.
         """
-        if not name.strip() or any(character in name for character in "/:.%\"'`\\"):
-            raise UserError(f"policy.name={name!r}: leave out slashes, colons, dots and quotes")
+        if not name.strip() or any(character in name for character in "/:\"'`\\"):
+            raise UserError(
+                f"policy.name={name!r}: give it a name without slashes, colons and quotes"
+            )
         self.name = name
         self.run_id = run_id
         self._client = open_client(uri)

@@ -4,7 +4,7 @@ Invariant: what was logged stays. A resumed run adds to its metrics and artifact
 parameters keep their values, because MLflow's parameters cannot be changed.
 
 Calls go to the store directly: a batch of 25 metrics takes 6 ms on sqlite, against steps of
-seconds, so nothing can be lost in a queue.
+seconds, so nothing waits in a queue where a crash would lose it.
 """
 
 import math

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import warmed, with_launcher
+from agents_support import warmed, with_launcher
 
 from lightning_ray.agents import AgentResult, Task, WarmLauncher, attempt_environment
 from lightning_ray.agents.config import AgentConfig

@@ -4,7 +4,7 @@ import asyncio
 import json
 from dataclasses import replace
 
-from conftest import warmed, with_launcher
+from agents_support import warmed, with_launcher
 
 from lightning_ray.agents import Task, attempt_environment
 

@@ -105,11 +105,13 @@ def test_a_metric_that_is_no_finite_number_is_recorded(root: Path, run: TrackedR
 def test_logging_a_step_costs_little(run: TrackedRun) -> None:
     metrics = {f"measure/{at}": 0.5 for at in range(25)}
     run.log_metrics(metrics, 0)
-    started = time.monotonic()
+    seconds = []
     for step in range(1, 11):
+        started = time.monotonic()
         run.log_metrics(metrics, step)
-    # 6 ms each on an idle machine; the bound leaves room for a busy one.
-    assert (time.monotonic() - started) / 10 < 0.2
+        seconds.append(time.monotonic() - started)
+    # 6 ms on an idle machine; the fastest of ten, so that a busy one does not decide.
+    assert min(seconds) < 0.05
 
 
 def test_an_unknown_run_cannot_be_resumed(root: Path) -> None:

@@ -1,0 +1,125 @@
+"""The learner as actors on Ray: two ranks equal one, and what goes wrong says so."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import ray
+from learner_support import to_table
+from transformers import AutoModelForCausalLM
+
+from lightning_ray.algorithms import LossConfig
+from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.learner import LearnerConfig, LearnerGroup
+from lightning_ray.learner.worker import LearnerWorker
+
+CONFIG = LearnerConfig(
+    dtype="fp32",
+    learning_rate=0.5,
+    adam_epsilon=1.0,
+    num_threads=1,
+    tokens_per_row=30,
+    start_timeout_s=240,
+)
+LOSS = LossConfig(epsilon_low=0.9, epsilon_high=5.0)
+TIMEOUT_S = 120.0
+
+
+def batch():
+    random = np.random.default_rng(11)
+    rows = []
+    for length in (9, 14, 21, 5, 17):
+        tokens = [1, 2, 3, *random.integers(0, 256, length).tolist()]
+        trainable = [False] * 4 + [True] * (length - 1)
+        credit = [
+            float(x) if t else 0.0
+            for x, t in zip(random.normal(size=len(tokens)), trainable, strict=True)
+        ]
+        rows.append({"token_ids": tokens, "trainable": trainable, "advantages": credit})
+    return to_table(rows)
+
+
+def parameters(folder):
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_two_ranks_take_the_step_of_one_and_resume_in_new_processes(
+    ray_cluster, model_dir, tmp_path, zero_stage
+):
+    config = dataclasses.replace(CONFIG, num_ranks=2, zero_stage=zero_stage)
+    one = LearnerWorker(CONFIG, str(model_dir), rank=0)
+    one.setup(*one.address())
+    reference = ray.put(batch())
+    group = LearnerGroup(config, model_dir, f"two-{zero_stage}")
+    try:
+        reports = [group.step(reference, LOSS, TIMEOUT_S)]
+        saved = group.save_checkpoint(tmp_path / "step-1", {"cursor": 1}, TIMEOUT_S)
+        reports.append(group.step(reference, LOSS, TIMEOUT_S))
+        logprobs = group.logprobs(reference, TIMEOUT_S)
+        published = group.publish(tmp_path / "v1", TIMEOUT_S)
+        with pytest.raises(FileExistsError, match="never overwritten"):
+            group.publish(tmp_path / "v1", TIMEOUT_S)
+    finally:
+        group.stop()
+    for report in reports:
+        alone = dataclasses.asdict(one.step(batch(), LOSS))
+        together = dataclasses.asdict(report)
+        assert together["rows"] == 3  # so that the second rank also runs an empty row
+        for name in alone.keys() - {"seconds"}:
+            assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+    for mine, other in zip(logprobs, one.logprobs(batch()), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-3)
+    one.publish(str(tmp_path / "v1-alone"))
+    alone_weights = parameters(tmp_path / "v1-alone")
+    for name, weight in parameters(published).items():
+        assert (weight - alone_weights[name]).abs().max().item() < 1e-4, name
+
+    resumed = LearnerGroup(config, model_dir, f"resumed-{zero_stage}")
+    try:
+        assert resumed.load_checkpoint(saved, TIMEOUT_S) == {"cursor": 1}
+        assert resumed.step(reference, LOSS, TIMEOUT_S).step == 2
+        resumed.publish(tmp_path / "v1-resumed", TIMEOUT_S)
+    finally:
+        resumed.stop()
+    resumed_weights = parameters(tmp_path / "v1-resumed")
+    for name, weight in parameters(published).items():
+        assert (weight - resumed_weights[name]).abs().max().item() == 0, name
+
+
+def test_what_goes_wrong_in_an_actor_is_told_in_one_line(ray_cluster, model_dir, tmp_path):
+    group = LearnerGroup(CONFIG, model_dir, "faults")
+    try:
+        with pytest.raises(UserError, match="no learner checkpoint"):
+            group.load_checkpoint(tmp_path / "nowhere", TIMEOUT_S)
+        group.save_checkpoint(tmp_path / "step-0", {}, TIMEOUT_S)
+        state = json.loads((tmp_path / "step-0" / "state.json").read_text())
+        state["learner"]["num_ranks"] = 2
+        (tmp_path / "step-0" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(UserError, match=r"learner\.num_ranks"):
+            group.load_checkpoint(tmp_path / "step-0", TIMEOUT_S)
+        with pytest.raises(InfrastructureError, match="waited 0 s for the learner's step"):
+            group.step(ray.put(batch()), LOSS, 0.0)
+        ray.kill(group._workers[0])
+        with pytest.raises(InfrastructureError, match="lost"):
+            group.logprobs(ray.put(batch()), TIMEOUT_S)
+    finally:
+        group.stop()
+    with pytest.raises(InfrastructureError, match="stopped"):
+        group.logprobs(ray.put(batch()), TIMEOUT_S)
+
+
+def test_a_model_folder_that_cannot_work_starts_no_actor(ray_cluster, tmp_path):
+    before = len(ray.util.list_named_actors())
+    with pytest.raises(UserError, match="does not exist"):
+        LearnerGroup(CONFIG, tmp_path / "nowhere", "no-model")
+    with pytest.raises(UserError, match="fp16"):
+        LearnerGroup(dataclasses.replace(CONFIG, dtype="fp16"), tmp_path, "no-dtype")
+    assert len(ray.util.list_named_actors()) == before
+
+
+def test_a_cluster_without_room_is_named_after_the_timeout(ray_cluster, model_dir):
+    greedy = dataclasses.replace(CONFIG, num_cpus=64.0, start_timeout_s=2.0)
+    with pytest.raises(InfrastructureError, match=r"64\.0 CPUs"):
+        LearnerGroup(greedy, model_dir, "greedy")
