@@ -15,11 +15,28 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 FILES = {"train": 1024, "heldout": 128}
 OPERATORS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
+WORDINGS = {
+    "plus": [
+        "What is {} plus {}?",
+        "How much is {} plus {}?",
+        "What is the sum of {} and {}?",
+    ],
+    "minus": [
+        "What is {} minus {}?",
+        "How much is {} minus {}?",
+        "What is the difference between {} and {}?",
+    ],
+    "times": [
+        "What is {} times {}?",
+        "How much is {} times {}?",
+        "What is the product of {} and {}?",
+    ],
+}
 IN_THE_PROMPT = (12, "plus", 30)
 
 
-def questions(seed: int) -> Iterator[tuple[int, str, int]]:
-    """Distinct (left, operator, right), both numbers of two or three digits, endlessly."""
+def questions(seed: int) -> Iterator[tuple[str, int]]:
+    """Questions and their answers, endlessly; no two calculations are alike."""
     rng = random.Random(seed)
     seen = {IN_THE_PROMPT}
     while True:
@@ -29,7 +46,7 @@ def questions(seed: int) -> Iterator[tuple[int, str, int]]:
             left, right = right, left
         if (left, word, right) not in seen:
             seen.add((left, word, right))
-            yield left, word, right
+            yield rng.choice(WORDINGS[word]).format(left, right), OPERATORS[word](left, right)
 
 
 def main() -> None:
@@ -37,12 +54,8 @@ def main() -> None:
     for name, count in FILES.items():
         with (FOLDER / f"{name}.jsonl").open("w") as file:
             for index in range(count):
-                left, word, right = next(source)
-                task = {
-                    "id": f"{name}-{index:04d}",
-                    "question": f"What is {left} {word} {right}?",
-                    "answer": OPERATORS[word](left, right),
-                }
+                question, answer = next(source)
+                task = {"id": f"{name}-{index:04d}", "question": question, "answer": answer}
                 file.write(json.dumps(task) + "\n")
 
 

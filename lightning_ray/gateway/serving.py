@@ -37,7 +37,8 @@ def start_gateway(
         http_options={"host": config.host, "port": port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    bound = Gateway.options(
+    # What the decorator made of the class is a deployment, which type checkers cannot see.
+    bound = Gateway.options(  # type: ignore[attr-defined]
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.num_cpus},
         logging_config={"log_level": "WARNING", "enable_access_log": False},

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_ray.agents import Task, check_agent, load_tasks
+from lightning_ray.agents import AgentConfig, Task, check_agent, load_tasks
 from lightning_ray.cluster import Connection
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import HeldoutReport, write_report
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs or resumes a training job. Raises UserError for what the user can mend."""
     config, folder, overrides = _configure(arguments)
     check_train(config)
+    _settle_paths(config.agent)
     tasks, heldout = _load_tasks(config)
     check_agent(config.agent, [*tasks, *heldout])
     choose_port(config.gateway)
@@ -186,6 +187,14 @@ def _configure(arguments: Sequence[str]) -> tuple[TrainConfig, RunFolder | None,
     # The run stays where it lies, wherever the command is typed.
     config.output_dir = str(folder.path.parent)
     return config, folder, overrides
+
+
+def _settle_paths(agent: AgentConfig) -> None:
+    """Makes the agent's paths absolute: workers run in folders of their own."""
+    agent.cwd = str(Path(agent.cwd or ".").absolute())
+    file, colon, function = agent.grader.rpartition(":")
+    if colon and file.endswith(".py"):
+        agent.grader = f"{Path(file).absolute()}:{function}"
 
 
 def _load_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:

@@ -81,13 +81,20 @@ class LearnerGroup:
         Raises:
             FileExistsError: the folder exists; a version is never overwritten.
         """
-        target = Path(path).absolute()
+        target = _new_folder(path)
         self._call("publish", timeout_s, str(target))
         return target
 
     def save_checkpoint(self, path: str | Path, state: dict[str, Any], timeout_s: float) -> Path:
-        """Save everything a later run needs to go on, with the caller's own JSON state."""
-        target = Path(path).absolute()
+        """Save everything a later run needs to go on, with the caller's own JSON state.
+
+        Returns:
+            The folder, absolute. It appears whole, or, if this is cut short, not at all.
+
+        Raises:
+            FileExistsError: the folder exists.
+        """
+        target = _new_folder(path)
         self._call("save_checkpoint", timeout_s, str(target), state)
         return target
 
@@ -147,6 +154,14 @@ class LearnerGroup:
                 raise error.cause from error
             raise
         return results
+
+
+def _new_folder(path: str | Path) -> Path:
+    """Absolute, and refused here if it exists rather than by every rank."""
+    target = Path(path).absolute()
+    if target.exists():
+        raise FileExistsError(f"{target} exists and is never overwritten")
+    return target
 
 
 def _environment(config: LearnerConfig) -> dict[str, str]:

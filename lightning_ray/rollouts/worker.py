@@ -161,7 +161,7 @@ def _end_spans(
     lease: Lease, outcome: AttemptOutcome, result: AgentResult | None, begun: int
 ) -> list[dict[str, Any]]:
     """How the attempt ended, and its rewards, as spans."""
-    place = {
+    place: dict[str, Any] = {
         "run_id": lease.run_id,
         "rollout_id": lease.rollout_id,
         "attempt_id": lease.attempt_id,
