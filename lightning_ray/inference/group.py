@@ -9,6 +9,7 @@ from ray.actor import ActorHandle
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.engine import EngineState, InferenceEngine
+from lightning_ray.inference.lifeline import LIFELINE
 from lightning_ray.spans import SpanClient
 
 
@@ -91,6 +92,7 @@ def engine_environment(config: InferenceConfig) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(config.num_threads),
         "VLLM_NO_USAGE_STATS": "1",
+        LIFELINE: "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",

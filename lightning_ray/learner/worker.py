@@ -8,6 +8,7 @@ Nothing heavy is imported with this module: DeepSpeed reads the environment when
 """
 
 import json
+import logging
 import math
 import os
 import pickle
@@ -72,6 +73,8 @@ class LearnerWorker:
         torch.set_num_threads(self.config.num_threads)
         import deepspeed
 
+        # Its progress at start is of no use to a person who watches the run.
+        deepspeed.utils.logger.setLevel(logging.WARNING)
         if not cuda:
             # Otherwise DeepSpeed compiles a shared-memory collective at the first start: a minute,
             # and a compiler that a user's machine need not have. Gloo does the same work.

@@ -53,6 +53,8 @@ class SpanClient:
             return ray.get(self.read(attempt_ids), timeout=limit)
         except ray.exceptions.GetTimeoutError as error:
             raise InfrastructureError(f"the span store gave no table for {limit:g} s") from error
+        except ray.exceptions.RayActorError as error:
+            raise InfrastructureError(f"the span store died: {error}") from error
 
     async def fetch(self, attempt_ids: Sequence[str]) -> pa.Table:
         """As `get`, for a caller that runs an event loop."""
@@ -62,6 +64,8 @@ class SpanClient:
                 return await self.read(attempt_ids)
         except TimeoutError as error:
             raise InfrastructureError(f"the span store gave no table for {limit:g} s") from error
+        except ray.exceptions.RayActorError as error:
+            raise InfrastructureError(f"the span store died: {error}") from error
 
     def stats(self) -> StoreStats:
         """What the store holds."""

@@ -5,12 +5,12 @@ Invariant: a batch whose `append` returned is on the disk (fsync) and is read ba
 may be missing; it is cut off at the tail and counted, never an error.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -35,18 +35,27 @@ class SegmentWriter:
     """Writes record batches of SPAN_SCHEMA to a new file; one thread at a time."""
 
     def __init__(self, path: Path):
-        """Creates `path`, which must not exist, and makes its name durable."""
+        """Creates `path`, which must not exist, and makes its name durable.
+
+        Raises OSError; no file is left behind then.
+        """
         self.path = path
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 (kept open)
-        # Written to the operating system by us and not by Arrow's buffer, so that `size` is true.
-        self._write(SPAN_SCHEMA.serialize())
-        self._sync()
-        _sync_folder(path.parent)
+        self.size = 0
+        """Bytes in the file."""
+        # Unbuffered, so that nothing of a failed append is left to be written later.
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (kept open)
+        try:
+            self._write(SPAN_SCHEMA.serialize())
+            _sync_folder(path.parent)
+        except OSError:
+            self._file.close()
+            path.unlink(missing_ok=True)
+            raise
 
     @property
-    def size(self) -> int:
-        """Bytes in the file."""
-        return self._file.tell()
+    def closed(self) -> bool:
+        """Whether it takes no more batches: it was closed, or could not be cut back."""
+        return self._file.closed
 
     def append(self, batch: pa.RecordBatch) -> BatchPlace:
         """Writes one batch and waits for the disk. Raises OSError (a full disk, say).
@@ -54,34 +63,35 @@ class SegmentWriter:
         After an error the file is cut back to where it was, so that the next append finds a clean
         tail; if even that fails the writer refuses further appends.
         """
-        start = self._file.tell()
+        if self.closed:
+            raise OSError(errno.EBADF, "the segment is closed")
+        start = self.size
         try:
             self._write(batch.serialize())
-            self._sync()
         except OSError:
             self._cut(start)
             raise
-        return BatchPlace(self.path, start, self._file.tell() - start)
+        return BatchPlace(self.path, start, self.size - start)
 
     def close(self) -> None:
         """Ends the stream; the segment is complete."""
         self._file.close()
 
     def _write(self, buffer: pa.Buffer) -> None:
-        self._file.write(buffer)
-
-    def _sync(self) -> None:
-        self._file.flush()
+        rest = memoryview(buffer)
+        while rest:
+            # A write may take less than all, on a disk that is filling up.
+            rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
+        self.size += buffer.size
 
     def _cut(self, size: int) -> None:
         try:
-            # What is still buffered must not follow: drop the file object, keep the bytes before.
+            self._file.truncate(size)
+            self._file.seek(size)
+        except OSError:
             self._file.close()
-        except OSError as error:
-            log.warning("closing %s after a failed append: %s", self.path, error)
-        os.truncate(self.path, size)
-        self._file = open(self.path, "ab")  # noqa: SIM115 (kept open)
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -107,12 +117,15 @@ def read_segment(path: Path) -> SegmentScan:
     Raises InfrastructureError when the file does not begin with the span schema.
     """
     size = path.stat().st_size
-    if size == 0:
-        return SegmentScan([], 0)
+    if size < SPAN_SCHEMA.serialize().size and SPAN_SCHEMA.serialize().to_pybytes().startswith(
+        path.read_bytes()
+    ):
+        # Its writer died while creating it, before it could take a batch.
+        return SegmentScan([], size)
     with pa.memory_map(str(path)) as source:
         try:
             schema = pa.ipc.read_schema(source)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, EOFError, OSError) as error:
             raise InfrastructureError(
                 f"span segment {path} has no readable schema: {error}"
             ) from error
@@ -135,8 +148,8 @@ def _batches(
         try:
             message = pa.ipc.read_message(source)
             batch = pa.ipc.read_record_batch(message, SPAN_SCHEMA)
-            # A batch cut inside its body still parses when the file was extended with zeros.
-            batch.validate()
+            # A body that was cut, and the file extended with zeros, parses; its offsets are wrong.
+            batch.validate(full=True)
         except (pa.ArrowInvalid, EOFError, OSError):
             return
         yield BatchPlace(path, start, source.tell() - start), batch

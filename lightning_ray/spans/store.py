@@ -8,7 +8,7 @@ writer may repeat an append whose answer it did not get; `sequence` numbers the 
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,7 @@ class SpanStore:
         self._writer = self._next_segment()
         self._pending: list[tuple[pa.RecordBatch, asyncio.Future[int]]] = []
         self._flushing: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def append(self, batch: pa.RecordBatch) -> int:
         """Stores the spans of `batch` (SPAN_SCHEMA); returns how many were new.
@@ -69,6 +70,8 @@ class SpanStore:
         Returns once they are on disk; concurrent appends share one fsync. Raises
         InfrastructureError when the disk refuses; nothing of the batch is stored then.
         """
+        if self._closed:
+            raise InfrastructureError(f"the span store of {self._folder} is closed")
         if not batch.schema.equals(SPAN_SCHEMA):
             raise ValueError("a batch of spans has the columns of SPAN_SCHEMA")
         stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -103,7 +106,8 @@ class SpanStore:
         )
 
     async def close(self) -> None:
-        """Waits for what is being written and closes the segment."""
+        """Waits for what is being written and closes the segment; later appends are refused."""
+        self._closed = True
         while self._flushing is not None and not self._flushing.done():
             await self._flushing
         self._writer.close()
@@ -111,7 +115,8 @@ class SpanStore:
     async def _flush(self) -> None:
         while self._pending:
             waiting, self._pending = self._pending, []
-            merged = self._merge([batch for batch, _ in waiting])
+            merged, new = self._merge([batch for batch, _ in waiting])
+            failure = None
             try:
                 if merged.num_rows:
                     place = await asyncio.to_thread(self._write, merged)
@@ -119,39 +124,47 @@ class SpanStore:
             except OSError as error:
                 self._forget(merged)
                 reason = f"spans could not be written to {self._folder}: {error.strerror or error}"
-                for _, stored in waiting:
-                    stored.set_exception(InfrastructureError(reason))
-                continue
-            for batch, stored in waiting:
-                if not stored.cancelled():
-                    stored.set_result(batch.num_rows)
+                failure = InfrastructureError(reason)
+            for (_, stored), count in zip(waiting, new, strict=True):
+                if stored.cancelled():
+                    continue
+                if failure is None:
+                    stored.set_result(count)
+                else:
+                    stored.set_exception(failure)
 
-    def _merge(self, batches: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
-        """One batch of the new spans, with their sequence numbers."""
+    def _merge(self, batches: Sequence[pa.RecordBatch]) -> tuple[pa.RecordBatch, list[int]]:
+        """One batch of the new spans with their sequence numbers, and how many each brought."""
+        keep: list[int] = []
+        numbers: list[int] = []
+        new: list[int] = []
+        start = 0
+        for batch in batches:
+            ids = zip(batch["span_id"].to_pylist(), batch["attempt_id"].to_pylist(), strict=True)
+            before = len(keep)
+            for row, (span_id, attempt) in enumerate(ids, start):
+                if span_id in self._seen:
+                    self._duplicates += 1
+                    continue
+                self._seen.add(span_id)
+                self._sequence[attempt] += 1
+                keep.append(row)
+                numbers.append(self._sequence[attempt])
+            new.append(len(keep) - before)
+            start += batch.num_rows
         table = pa.Table.from_batches(batches, SPAN_SCHEMA)
-        keep = []
-        numbers = []
-        attempts = table["attempt_id"].to_pylist()
-        for row, (span_id, attempt) in enumerate(
-            zip(table["span_id"].to_pylist(), attempts, strict=True)
-        ):
-            if span_id in self._seen:
-                self._duplicates += 1
-                continue
-            self._seen.add(span_id)
-            self._sequence[attempt] += 1
-            keep.append(row)
-            numbers.append(self._sequence[attempt])
         table = table.take(pa.array(keep, pa.int64()))
         place = SPAN_SCHEMA.get_field_index("sequence")
         table = table.set_column(place, SPAN_SCHEMA.field(place), pa.array(numbers, pa.int64()))
-        return table.combine_chunks().to_batches()[0] if keep else _EMPTY
+        return (table.combine_chunks().to_batches()[0] if keep else _EMPTY), new
 
     def _write(self, batch: pa.RecordBatch) -> BatchPlace:
-        if self._writer.size > self._config.segment_bytes:
+        if self._writer.closed or self._writer.size > self._config.segment_bytes:
+            # Made first: on a disk that has no room for it, this one stays in use.
+            successor = self._next_segment()
             self._closed_bytes += self._writer.size
             self._writer.close()
-            self._writer = self._next_segment()
+            self._writer = successor
         return self._writer.append(batch)
 
     def _index(self, batch: pa.RecordBatch, place: BatchPlace) -> None:
