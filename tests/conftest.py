@@ -1,14 +1,79 @@
-"""Fixtures that several rooms share."""
+"""Fixtures that several rooms share: one Ray for the session, one engine, one learner."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import ray
+
+from lightning_ray.cluster.environment import quiet_environment
+
+quiet_environment()
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray with four CPUs, for as long as the tests run."""
+    import ray
+
     ray.init(num_cpus=4, include_dashboard=False, address="local", log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct, converted once into the user's cache."""
+    from lightning_ray.policies.models import resolve_model
+
+    return resolve_model("embedded")
+
+
+@pytest.fixture(scope="session")
+def cli() -> "CommandLine":
+    """The console script, run in the project's folder as a user would."""
+    return CommandLine()
+
+
+class CommandLine:
+    """Starts `lightning-ray` as a process of its own."""
+
+    program = Path(sys.executable).with_name("lightning-ray")
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts a command; its output is one stream of lines."""
+        return subprocess.Popen(
+            [str(self.program), *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end."""
+        return subprocess.run(
+            [str(self.program), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def few_heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 16 held-out tasks of the example, for runs that must be short."""
+    lines = (ROOT / "examples/calculator/heldout.jsonl").read_text().splitlines()[:16]
+    path = tmp_path_factory.mktemp("tasks") / "heldout.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    assert all(json.loads(line) for line in lines)
+    return path

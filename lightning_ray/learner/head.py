@@ -1,8 +1,8 @@
 """The output head and the log-softmax as one operation, for the few tokens that are asked for.
 
 Invariant: of the M x vocabulary logits only one chunk exists at a time, in the forward and in the
-backward pass; the backward pass computes them again. Everything after the matrix product is float32
-and done in place: on a CPU, touching fresh memory costs more than the arithmetic.
+backward pass; the backward pass computes them again. The logits and what follows are float32, and
+done in place: on a CPU, touching fresh memory costs more than the arithmetic.
 """
 
 from typing import Any
@@ -31,6 +31,14 @@ def selected_logprobs(
     return logprobs, entropy
 
 
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32[m, V]. Rounded to bfloat16, logits near 20 would be wrong by up to 0.06, and engine
+    and learner would disagree by as much (MiniMax-M1, 2025, section 3.2, on the output head)."""
+    return torch.nn.functional.linear(
+        hidden.float(), weight, None if bias is None else bias.float()
+    )
+
+
 class _SelectedLogprobs(torch.autograd.Function):
     """logprob = logit of the target - log Z;  d logprob / d logit_v = [v = target] - p_v."""
 
@@ -42,9 +50,10 @@ class _SelectedLogprobs(torch.autograd.Function):
         logprobs = torch.empty(size, dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         normalizer = torch.empty_like(logprobs)
+        wide = weight.float()
         for begin in range(0, size, chunk):
             part = slice(begin, begin + chunk)
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            logits = _logits(hidden[part], wide, bias)
             peak = logits.amax(dim=-1, keepdim=True)
             logits.sub_(peak)
             powers = logits.exp()
@@ -69,10 +78,11 @@ class _SelectedLogprobs(torch.autograd.Function):
         many = size > chunk
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if many else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        wide = weight.float()
         for begin in range(0, size, chunk):
             part = slice(begin, begin + chunk)
             grad = grad_logprobs[part, None]
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            logits = _logits(hidden[part], wide, bias)
             grad_logits = logits.sub_(normalizer[part, None]).exp_().mul_(-grad)
             grad_logits.scatter_add_(1, target[part, None], grad)
             if grad_bias is not None:

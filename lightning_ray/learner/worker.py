@@ -7,6 +7,7 @@ Nothing heavy is imported with this module: DeepSpeed reads the environment when
 `setup` sets that first. A process hosts one worker.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -158,7 +159,8 @@ class LearnerWorker:
         found[learnable == 0] = math.nan
         offsets, trainable = list_arrays(batch["trainable"])
         bounds = np.concatenate([[0], np.cumsum(trainable)])[offsets]
-        return [np.asarray(part) for part in np.split(found.cpu().numpy(), bounds[1:-1])]
+        values = found.cpu().numpy()
+        return [values[begin:end] for begin, end in itertools.pairwise(bounds)]
 
     def publish(self, path: str) -> None:
         """Write the weights as a Hugging Face folder that an engine can load.

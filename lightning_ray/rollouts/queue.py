@@ -32,7 +32,7 @@ class RolloutQueue:
         self._lives = Lifecycle(run_id, config.grace_s)
         self._work = asyncio.Event()
         self._ended: dict[str, asyncio.Event] = {}
-        self._cancelled: dict[str, asyncio.Event] = {}
+        self._over: dict[str, asyncio.Event] = {}
         self._expiring: asyncio.Task[None] | None = None
 
     async def enqueue(self, specs: Sequence[RolloutSpec]) -> int:
@@ -49,7 +49,7 @@ class RolloutQueue:
         while True:
             lease = self._lives.dequeue(time.monotonic())
             if lease is not None:
-                self._cancelled[lease.attempt_id] = asyncio.Event()
+                self._over[lease.attempt_id] = asyncio.Event()
                 return lease
             self._work.clear()
             try:
@@ -59,8 +59,8 @@ class RolloutQueue:
 
     async def finish(self, attempt_id: str, outcome: AttemptOutcome) -> bool:
         """Takes a worker's report; False when the attempt no longer decides anything."""
-        self._cancelled.pop(attempt_id, None)
         counted = self._lives.finish(attempt_id, outcome)
+        self._release([attempt_id])
         if counted:
             self._after_end([attempt_id])
         return counted
@@ -77,14 +77,16 @@ class RolloutQueue:
 
     async def cancel(self, rollout_ids: Sequence[str]) -> None:
         """Cancels rollouts; their workers stop the agents."""
-        for attempt_id in self._lives.cancel(rollout_ids):
-            if (event := self._cancelled.get(attempt_id)) is not None:
-                event.set()
+        self._release(self._lives.cancel(rollout_ids))
         self._notify(rollout_ids)
 
     async def cancelled(self, attempt_id: str) -> None:
-        """Returns when the attempt is cancelled; its worker waits here beside the agent."""
-        if (event := self._cancelled.get(attempt_id)) is not None:
+        """Returns when the attempt is over: cancelled, overdue or reported.
+
+        Its worker waits here beside the agent. Nothing may wait on after the attempt, for Ray does
+        not end a call whose caller lost interest, and an actor has only so many.
+        """
+        if (event := self._over.get(attempt_id)) is not None:
             await event.wait()
 
     async def resolve(self, capability: str) -> Identity | None:
@@ -107,7 +109,13 @@ class RolloutQueue:
             overdue = self._lives.expire(time.monotonic())
             for attempt_id in overdue:
                 log.warning("attempt %s is unresponsive", attempt_id)
+            self._release(overdue)
             self._after_end(overdue)
+
+    def _release(self, attempt_ids: Sequence[str]) -> None:
+        for attempt_id in attempt_ids:
+            if (event := self._over.pop(attempt_id, None)) is not None:
+                event.set()
 
     def _after_end(self, attempt_ids: Sequence[str]) -> None:
         if attempt_ids:

@@ -117,20 +117,19 @@ def read_segment(path: Path) -> SegmentScan:
     Raises InfrastructureError when the file does not begin with the span schema.
     """
     size = path.stat().st_size
-    if size < SPAN_SCHEMA.serialize().size and SPAN_SCHEMA.serialize().to_pybytes().startswith(
-        path.read_bytes()
-    ):
-        # Its writer died while creating it, before it could take a batch.
-        return SegmentScan([], size)
+    if size == 0:
+        return SegmentScan([], 0)
     with pa.memory_map(str(path)) as source:
         try:
-            schema = pa.ipc.read_schema(source)
+            foreign = not pa.ipc.read_schema(source).equals(SPAN_SCHEMA)
         except (pa.ArrowInvalid, EOFError, OSError) as error:
-            raise InfrastructureError(
-                f"span segment {path} has no readable schema: {error}"
-            ) from error
-        if not schema.equals(SPAN_SCHEMA):
-            raise InfrastructureError(f"span segment {path} has another schema than this version's")
+            log.warning("segment %s: %s", path, error)
+            foreign = True
+        if foreign and size <= SPAN_SCHEMA.serialize().size:
+            # Its writer died while creating it: there is no room for a batch in it.
+            return SegmentScan([], size)
+        if foreign:
+            raise InfrastructureError(f"{path} does not begin with this version's span schema")
         batches = []
         end = source.tell()
         for place, batch in _batches(path, source, size):

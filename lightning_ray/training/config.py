@@ -33,7 +33,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are removed."""
     seed: int = 0
-    """Seed of the order of tasks; the engine and the learner have their own."""
+    """Seed of the order of tasks."""
     step_timeout_s: float = 1800.0
     """Longest that the learner may take for one step, seconds."""
     min_usable: float = 0.5
@@ -46,6 +46,8 @@ class TrainConfig:
 
     name: str = "train"
     """Begins the run's id."""
+    seed: int = 0
+    """Seed of the order of tasks, of sampling and of the learner, unless they have their own."""
     output_dir: str = "outputs"
     """Folder that holds runs, each in a folder of its own, and MLflow's store."""
     agent: AgentConfig = field(default_factory=AgentConfig)

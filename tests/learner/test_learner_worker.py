@@ -156,6 +156,8 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(model_dir):
     assert largest_difference(weights(worker), before) == 0
     (logprobs,) = worker.logprobs(batch)
     assert np.isnan(logprobs).tolist() == [True]
+    assert worker.logprobs(batch.slice(0, 0)) == []
+    assert worker.step(batch.slice(0, 0), LOSS).max_version == -1
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,0 +1,240 @@
+"""One engine and one learner on the real model: what is recorded, and that they agree.
+
+The learner computes the very tokens that the engine sampled, so its logprobs under the same version
+must agree with those that the engine recorded, to the rounding of bfloat16.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from lightning_ray.algorithms import LossConfig
+from lightning_ray.inference import (
+    Attribution,
+    InferenceConfig,
+    InferenceGroup,
+    attribution_headers,
+)
+from lightning_ray.jobs.compose import compose_config
+from lightning_ray.learner import LearnerConfig, LearnerGroup
+from lightning_ray.spans import SpanClient, SpansConfig, start_store
+from lightning_ray.training import TrainConfig
+from lightning_ray.trajectories import build_sequences, with_advantages
+
+CHAT = "/v1/chat/completions"
+TOLERANCE = 0.02
+"""Mean absolute difference of logprobs between two computations in bfloat16."""
+
+
+@dataclass
+class Stack:
+    engines: InferenceGroup
+    learner: LearnerGroup
+    store: SpanClient
+    base: Path
+    version: int = 0
+
+    def headers(self, rollout: str) -> dict[str, str]:
+        attribution = Attribution("run", rollout, f"{rollout}/1", "gpt-4o-mini", "")
+        return attribution_headers(self.engines.key, attribution)
+
+    def post(self, rollout: str, path: str = CHAT, **body: object) -> httpx.Response:
+        url = self.engines.urls[0] + path
+        return httpx.post(url, headers=self.headers(rollout), json=body, timeout=120)
+
+    def spans(self, *rollouts: str) -> list[dict]:
+        return self.store.get([f"{rollout}/1" for rollout in rollouts]).to_pylist()
+
+    def sample(self, prefix: str, count: int) -> pa.Table:
+        """Asks `count` questions at temperature 1; returns their training sequences."""
+        with ThreadPoolExecutor(16) as pool:
+            replies = list(
+                pool.map(lambda i: self.post(f"{prefix}{i}", **question(100 + i)), range(count))
+            )
+        assert all(reply.status_code == 200 for reply in replies)
+        attempts = {f"{prefix}{i}/1": f"g{i}" for i in range(count)}
+        sequences, report = build_sequences(self.store.get(list(attempts)), attempts, "policy")
+        assert report.inexact == {} and report.calls == count
+        return sequences
+
+    def difference(self, sequences: pa.Table) -> float:
+        """Mean absolute difference between the learner's logprobs and the recorded ones."""
+        found = np.concatenate(self.learner.logprobs(ray.put(sequences), 300))
+        trainable = np.concatenate([np.array(row) for row in sequences["trainable"].to_pylist()])
+        recorded = np.concatenate([np.array(row) for row in sequences["logprobs"].to_pylist()])
+        return float(np.abs(found - recorded[trainable]).mean())
+
+
+def question(number: int) -> dict[str, object]:
+    return {
+        "model": "gpt-4o-mini",
+        "max_tokens": 20,
+        "messages": [
+            {"role": "system", "content": "Turn each question into a calculator expression."},
+            {"role": "user", "content": "What is 12 plus 30?"},
+            {"role": "assistant", "content": "calc(12 + 30)"},
+            {"role": "user", "content": f"What is {number} plus 41?"},
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def stack(ray_cluster, real_model, tmp_path_factory) -> Iterator[Stack]:
+    """The default configuration's engine and learner; a learning rate that shows after one step."""
+    config: TrainConfig = compose_config("train", TrainConfig, ["experiment=calculator"])
+    inference: InferenceConfig = config.inference
+    learner_config: LearnerConfig = config.learner
+    learner_config.learning_rate = 3e-5
+    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
+    engines = InferenceGroup(inference, str(real_model), "policy", ["gpt-4o-mini"], 0, store)
+    learner = LearnerGroup(learner_config, real_model, "test")
+    engines.wait_ready()
+    yield Stack(engines, learner, store, real_model)
+    learner.stop()
+    engines.stop()
+    store.close()
+
+
+def test_an_engine_answers_nobody_without_its_key(stack):
+    reply = httpx.post(stack.engines.urls[0] + CHAT, json=question(1), timeout=30)
+    assert reply.status_code == 401
+
+
+def test_recorded_tokens_are_those_of_the_reply(stack):
+    reply = stack.post("ids", **question(7), return_token_ids=True, logprobs=True).json()
+    (call,) = stack.spans("ids")
+    sampled = reply["choices"][0]["token_ids"]
+    assert call["token_ids"] == reply["prompt_token_ids"] + sampled
+    told = [item["logprob"] for item in reply["choices"][0]["logprobs"]["content"]]
+    assert np.allclose(call["logprobs"], told, atol=1e-6)
+    assert call["version"] == stack.version and call["finish_reason"] in ("stop", "length")
+
+
+def test_a_reply_is_the_same_whether_streamed_or_not_and_recorded_alike(stack):
+    greedy = {**question(9), "temperature": 0}
+    whole = stack.post("whole", **greedy).json()["choices"][0]["message"]["content"]
+    url = stack.engines.urls[0] + CHAT
+    pieces = []
+    with httpx.stream(
+        "POST", url, headers=stack.headers("streamed"), json={**greedy, "stream": True}, timeout=60
+    ) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line.removeprefix("data: "))["choices"][0]
+                pieces.append(choice["delta"].get("content") or "")
+    assert "".join(pieces) == whole
+    (one,) = stack.spans("whole")
+    (other,) = stack.spans("streamed")
+    assert one["token_ids"] == other["token_ids"]
+    assert np.allclose(one["logprobs"], other["logprobs"], atol=0.05)
+
+
+def test_other_protocols_are_recorded_too(stack):
+    greedy = {"model": "gpt-4o-mini", "temperature": 0}
+    stack.post("text", "/v1/completions", prompt="1 2 3", max_tokens=5, **greedy)
+    stack.post("responses", "/v1/responses", input="Say hi", max_output_tokens=16, **greedy)
+    message = [{"role": "user", "content": "Say hi"}]
+    stack.post("anthropic", "/v1/messages", messages=message, max_tokens=5, **greedy)
+    for rollout in ("text", "responses", "anthropic"):
+        (call,) = stack.spans(rollout)
+        assert 0 < len(call["logprobs"]) < len(call["token_ids"])
+
+
+def test_an_abandoned_stream_is_recorded_as_far_as_it_went(stack):
+    body = {**question(3), "stream": True, "max_tokens": 400, "ignore_eos": True}
+    url = stack.engines.urls[0] + CHAT
+    with httpx.stream("POST", url, headers=stack.headers("left"), json=body, timeout=60) as reply:
+        for _, line in zip(range(12), reply.iter_lines(), strict=False):
+            assert line is not None
+    deadline = time.monotonic() + 20
+    while not (calls := stack.spans("left")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (call,) = calls
+    assert call["status"] == "aborted"
+    assert 0 < len(call["logprobs"]) < 400
+    # And nobody goes on generating for a client that went away.
+    assert stack.engines.states()[0].calls_inside == 0
+
+
+def test_a_second_turn_stores_only_what_it_adds(stack):
+    first = {**question(5), "temperature": 0}
+    answer = stack.post("turns", **first).json()["choices"][0]["message"]["content"]
+    more = [
+        *first["messages"],
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "And 2 plus 3?"},
+    ]
+    stack.post("turns", **{**first, "messages": more})
+    one, two = stack.spans("turns")
+    assert two["continues"] == one["span_id"]
+    assert two["prefix_tokens"] == len(one["token_ids"])
+    assert len(two["token_ids"]) < len(one["token_ids"])
+
+
+def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(stack, tmp_path):
+    before = stack.sample("before", 48)
+    assert stack.difference(before) <= TOLERANCE
+
+    batch = ray.put(with_advantages(before, dict.fromkeys(before["attempt_id"].to_pylist(), 1.0)))
+    for _ in range(3):
+        report = stack.learner.step(batch, LossConfig(epsilon_low=1.0, epsilon_high=9.0), 300)
+        assert report.skipped is None
+    # The learner has moved on: it no longer agrees with what the old version sampled.
+    moved = stack.difference(before)
+    assert moved > 2 * TOLERANCE
+
+    folder = stack.learner.publish(tmp_path / "version-1", 120)
+    stack.engines.update_weights(str(folder), 1)
+    stack.version = 1
+    after = stack.sample("after", 48)
+    assert {v for row in after["versions"].to_pylist() for v in row} == {-1, 1}
+    assert stack.difference(after) <= TOLERANCE
+
+
+def test_the_prefix_cache_never_crosses_versions(stack, tmp_path):
+    """The same long prompt under two versions: cached keys of the old must not answer."""
+    body = {**question(11), "temperature": 0, "max_tokens": 8}
+    body["messages"] = [{"role": "user", "content": "word " * 300}, *body["messages"][1:]]
+    stack.post("warm", **body)
+    stack.engines.update_weights(str(stack.base), 2)
+    stack.version = 2
+    stack.post("crossed", **body)
+    stack.engines.update_weights(str(stack.learner.publish(tmp_path / "version-3", 120)), 3)
+    stack.version = 3
+    stack.post("back", **body)
+    attempts = {f"{name}/1": name for name in ("warm", "crossed", "back")}
+    sequences, _ = build_sequences(stack.store.get(list(attempts)), attempts, "policy")
+    back = sequences.filter(pa.array([a == "back/1" for a in sequences["attempt_id"].to_pylist()]))
+    # What the engine says under version 3 is what the learner, which is version 3, computes.
+    assert stack.difference(back) <= 3 * TOLERANCE
+
+
+def test_calls_go_on_through_an_update(stack, tmp_path):
+    """Calls that run or arrive while the weights change end well, each on one version."""
+    folder = stack.learner.publish(tmp_path / "version-4", 120)
+
+    async def both() -> list[int]:
+        async with httpx.AsyncClient(timeout=120) as client:
+            url = stack.engines.urls[0] + CHAT
+            calls = [
+                client.post(url, headers=stack.headers(f"through{i}"), json=question(i))
+                for i in range(24)
+            ]
+            update = asyncio.to_thread(stack.engines.update_weights, str(folder), 4)
+            replies = await asyncio.gather(*calls, update)
+        return [reply.status_code for reply in replies[:-1]]
+
+    assert asyncio.run(both()) == [200] * 24
+    stack.version = 4
+    versions = {row["version"] for row in stack.spans(*[f"through{i}" for i in range(24)])}
+    assert versions <= {3, 4}

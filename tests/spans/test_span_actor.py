@@ -1,0 +1,45 @@
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from spans_support import row, stored_ids
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.spans import SpanClient, SpansConfig, start_store
+
+
+@pytest.fixture
+def store(ray_cluster: None, tmp_path: Path) -> Iterator[SpanClient]:
+    client = start_store(str(tmp_path / "spans"), SpansConfig())
+    yield client
+    ray.kill(client._store)
+
+
+def test_a_store_whose_process_dies_comes_back_and_counts_on(
+    store: SpanClient, tmp_path: Path
+) -> None:
+    asyncio.run(store.append([row("a"), row("b", token_ids=[5, 6])]))
+    ray.kill(store._store, no_restart=False)
+    asyncio.run(store.append([row("b", token_ids=[5, 6]), row("c")]))
+    table = store.get(["r/1"])
+    assert table["span_id"].to_pylist() == ["a", "b", "c"]
+    assert table["sequence"].to_pylist() == [1, 2, 3]
+    assert table["token_ids"].to_pylist()[1] == [5, 6]
+    assert asyncio.run(store.fetch(["r/1"])).equals(table)
+    assert (store.stats().spans, store.stats().duplicates) == (3, 1)
+    store.close()
+    assert stored_ids(tmp_path / "spans") == ["a", "b", "c"]
+
+
+def test_a_store_that_is_gone_is_a_fault_and_not_a_wait(store: SpanClient) -> None:
+    asyncio.run(store.append([row("a")]))
+    ray.kill(store._store)
+    for call in (
+        lambda: asyncio.run(store.append([row("b")])),
+        lambda: asyncio.run(store.fetch(["r/1"])),
+        lambda: store.get(["r/1"]),
+    ):
+        with pytest.raises(InfrastructureError, match="the span store died"):
+            call()
