@@ -45,5 +45,7 @@ class AgentConfig:
     """Fork Python agents from a process that has imported their libraries."""
     max_output_bytes: int = 1 << 20
     """How much of stdout, and of stderr, is kept; the rest is read and dropped."""
+    grader_timeout_s: float = 60.0
+    """Seconds that the grader may take for one attempt."""
     grader: str = MISSING
     """`path/to/file.py:function` or `package.module:function`."""

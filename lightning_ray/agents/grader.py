@@ -51,7 +51,7 @@ def load_grader(spec: str) -> Grader:
         module = _load_file(spec, Path(source)) if source.endswith(".py") else _load_module(source)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"agent.grader: {source} does not import: {_describe(error)}; correct it"
         ) from error
@@ -98,7 +98,7 @@ def grade(grader: Grader, task: Task, result: AgentResult, spans: pa.Table) -> d
     try:
         answer: object = grader({**task.data, "id": task.id}, result, spans)
         scores = dict(answer) if isinstance(answer, Mapping) else {"reward": answer}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise GraderError(f"grader failed on task {task.id!r}: {_describe(error)}") from error
     if "reward" not in scores:
         raise GraderError(

@@ -158,10 +158,14 @@ class Gateway:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # Limits on calls are the queue's and the engine's; the pool must not add one.
+            # Limits on calls are the queue's and the engine's; the pool must not add one. The total
+            # holds for a stream as well, which outlives `call`.
+            limit = aiohttp.ClientTimeout(total=self._config.call_timeout_s, sock_connect=10)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+                timeout=limit,
                 auto_decompress=False,
+                # Asked for by nobody, and passed on as it came.
+                skip_auto_headers=["Accept-Encoding"],
             )
         return self._session

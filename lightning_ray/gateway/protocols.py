@@ -38,7 +38,10 @@ def error_body(path: str, status: int, message: str) -> bytes:
 
 def requested_model(body: bytes) -> str | None:
     """The model name in a request, or None. Raises ValueError when the body is not JSON."""
-    request = json.loads(body)
+    try:
+        request = json.loads(body)
+    except RecursionError as error:
+        raise ValueError("the body is nested too deeply") from error
     if not isinstance(request, dict):
         raise ValueError("the body is not a JSON object")
     model = request.get("model")

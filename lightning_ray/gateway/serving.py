@@ -1,7 +1,9 @@
 """Starting and stopping the door on Ray Serve."""
 
+import logging
 import socket
 
+import ray
 from ray import serve
 from ray.actor import ActorHandle
 
@@ -32,6 +34,8 @@ def start_gateway(
     # Imported late: the module needs Ray Serve's decorators, which read the environment.
     from lightning_ray.gateway.app import Gateway
 
+    # Serve speaks to the terminal by itself; the panel says what there is to say.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": config.host, "port": port},
@@ -44,7 +48,11 @@ def start_gateway(
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     ).bind(config, queue, urls, key)
     serve.run(bound, name=APP, route_prefix="/")
-    return f"http://{config.host}:{port}"
+    host = config.host
+    if host in ("0.0.0.0", "::"):
+        # Listening everywhere is no address to call: say the one that other nodes reach.
+        host = ray.util.get_node_ip_address()
+    return f"http://{host}:{port}"
 
 
 def stop_gateway() -> None:

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.gate import WeightGate
@@ -129,7 +131,11 @@ class InferenceEngine:
         # The loop is the actor's: a signal handler of ours would replace Ray's.
         self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         self._serving = asyncio.create_task(self._server._serve([listener]))
-        host, port = listener.getsockname()[:2]
+        port = listener.getsockname()[1]
+        host = self._config.host
+        if host in ("0.0.0.0", "::"):
+            # Listening everywhere is no address to call: say the one that other nodes reach.
+            host = ray.util.get_node_ip_address()
         async with asyncio.timeout(30):
             while not self._server.started:
                 if self._serving.done():

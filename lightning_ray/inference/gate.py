@@ -21,6 +21,7 @@ class WeightGate:
         self._open.set()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._broken = ""
 
     @property
     def calls(self) -> int:
@@ -30,7 +31,8 @@ class WeightGate:
     async def enter(self, timeout_s: float) -> int:
         """Waits until no change is under way; returns the version that will answer.
 
-        Raises InfrastructureError after `timeout_s` seconds. Every `enter` is followed by `leave`.
+        Raises InfrastructureError after `timeout_s` seconds, or when a change has failed. Every
+        `enter` that returned is followed by `leave`.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -41,6 +43,8 @@ class WeightGate:
             raise InfrastructureError(
                 f"the weights were still changing after {timeout_s:g} s"
             ) from error
+        if self._broken:
+            raise InfrastructureError(self._broken)
         self._inside += 1
         self._idle.clear()
         return self.version
@@ -55,8 +59,9 @@ class WeightGate:
     async def change(self, version: int, timeout_s: float) -> AsyncIterator[None]:
         """Closes the gate, waits for the calls inside, and opens it as `version` after the body.
 
-        When the body raises, the gate opens with the version it had. Raises InfrastructureError
-        when calls are still inside after `timeout_s` seconds.
+        When the body raises, the weights may be half of one version and half of another: every
+        call is refused until a later change succeeds. Raises InfrastructureError when calls are
+        still inside after `timeout_s` seconds; the version then stays what it was.
         """
         if not self._open.is_set():
             raise InfrastructureError("another change of weights is under way")
@@ -69,7 +74,9 @@ class WeightGate:
                     f"{self._inside} calls were still being answered after {timeout_s:g} s, "
                     f"so version {version} could not be taken on"
                 ) from error
+            self._broken = f"the engine failed while taking on version {version}"
             yield
             self.version = version
+            self._broken = ""
         finally:
             self._open.set()

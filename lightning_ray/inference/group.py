@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import ray
 from ray.actor import ActorHandle
 
-from lightning_ray.errors import InfrastructureError
+from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.engine import EngineState, InferenceEngine
 from lightning_ray.inference.lifeline import LIFELINE
@@ -42,13 +42,20 @@ class InferenceGroup:
         self.urls: list[str] = []
 
     def wait_ready(self) -> list[str]:
-        """The engines' base URLs, once every engine answers. Raises InfrastructureError."""
+        """The engines' base URLs, once every engine answers.
+
+        Raises InfrastructureError when one does not, UserError when a setting is to blame.
+        """
         limit = self._config.start_timeout_s
         try:
             self.urls = ray.get(self._starting, timeout=limit)
         except ray.exceptions.GetTimeoutError as error:
             raise InfrastructureError(f"the vLLM engine did not start in {limit:g} s") from error
         except ray.exceptions.RayError as error:
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(
+                error.cause, UserError
+            ):
+                raise error.cause from error
             raise InfrastructureError(f"the vLLM engine did not start: {_cause(error)}") from error
         return self.urls
 

@@ -112,8 +112,9 @@ class CallRecorder:
             self.sampled_tokens += len(choice.token_ids)
         self.calls += 1
         await self._append(rows)
-        # Only what is stored may be continued.
-        self._known[attempt] = known + learnt
+        # Only what is stored may be continued. Another call of the attempt may have ended while
+        # this one was being stored, so what is known is looked up again.
+        self._known.setdefault(attempt, []).extend(learnt)
         self._known.move_to_end(attempt)
         while len(self._known) > REMEMBERED_ATTEMPTS:
             self._known.popitem(last=False)

@@ -19,7 +19,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from lightning_ray.errors import InfrastructureError
+from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.attribution import (
     App,
     AttributionMiddleware,
@@ -57,12 +57,14 @@ class RecordingLLM(AsyncLLM):
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As AsyncLLM.generate; the call is recorded before its last output is yielded."""
+        # Before the gate: nothing may go wrong between entering it and the `try` that leaves it.
+        facts = _sampling_facts(sampling_params)
+        attribution = current_attribution.get()
         version = await self._gate.enter(self._wait_s)
         outputs = super().generate(prompt, sampling_params, request_id, **options)
-        attribution = current_attribution.get()
         call = None
         if attribution is not None:
-            call = OpenCall(attribution, self._policy, version, _sampling_facts(sampling_params))
+            call = OpenCall(attribution, self._policy, version, facts)
             if sampling_params.logprobs is None:
                 # The sampled token's own logprob; a reply that did not ask for it stays as it is.
                 sampling_params.logprobs = 0
@@ -153,7 +155,7 @@ def server_arguments(model_dir: str, names: list[str], config: InferenceConfig) 
         arguments.enable_auto_tool_choice = True
     for name, value in config.extra.items():
         if not hasattr(arguments, name):
-            raise ValueError(f"inference.extra.{name}: vLLM has no such argument")
+            raise UserError(f"inference.extra.{name}: vLLM has no such argument; correct the name")
         setattr(arguments, name, value)
     return arguments
 

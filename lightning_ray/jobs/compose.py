@@ -62,5 +62,18 @@ def _one_line(error: BaseException) -> str:
     own = str(error).splitlines()[0].strip()
     if own != message and "override" in own.lower() and own not in message:
         message = f"{own.rstrip('.')}: {message}"
-    options = [line for line in lines[1:] if line.startswith(("Available options", "'"))]
-    return " ".join([message, *options])
+    # Hydra lists the options of a group one a line, below this heading.
+    for place, line in enumerate(lines):
+        if line.startswith("Available options"):
+            return f"{message.rstrip('.')}; {line} {', '.join(_until_config(lines[place + 1 :]))}"
+    return message
+
+
+def _until_config(lines: Sequence[str]) -> list[str]:
+    """The options among what follows their heading: the lines before Hydra's search path."""
+    options = []
+    for line in lines:
+        if line.startswith("Config search path"):
+            break
+        options.append(line)
+    return options

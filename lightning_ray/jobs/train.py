@@ -61,7 +61,13 @@ def _train(
 ) -> None:
     facts = folder.facts()
     root = folder.path.parent
-    progress = Progress(config.training.steps, title=folder.run_id, mode=config.tracking.panel)
+    checkpoint = folder.last_checkpoint() if resuming else None
+    progress = Progress(
+        config.training.steps,
+        title=folder.run_id,
+        mode=config.tracking.panel,
+        first_step=0 if checkpoint is None else Conductor.peek(checkpoint).step,
+    )
     with progress:
         progress.note(f"run {folder.run_id} in {folder.path}")
         tracked = TrackedRun.start(
@@ -80,7 +86,6 @@ def _train(
             conductor = Conductor(
                 config, folder, parts, tracked, registry, progress, tasks, heldout, base
             )
-            checkpoint = folder.last_checkpoint() if resuming else None
             _start(parts, conductor, folder, base, checkpoint)
             _run(conductor, folder, tracked, base, uri)
             status = RunStatus.FINISHED
@@ -89,15 +94,19 @@ def _train(
             status = RunStatus.KILLED
             raise
         finally:
-            # Once, and whole: a second Ctrl-C must not leave processes behind.
-            previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # Once, and whole: a second Ctrl-C, or an impatient SIGTERM, must not leave processes behind.
+            handlers = {
+                number: signal.signal(number, signal.SIG_IGN)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
             try:
                 if status is not RunStatus.FINISHED and config.cluster.address != "local":
                     parts.stop()
                 connection.close()
                 tracked.finish(status)
             finally:
-                signal.signal(signal.SIGINT, previous)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
             if status is not RunStatus.FINISHED:
                 progress.note(f"to go on: lightning-ray train resume={folder.run_id}")
 

@@ -169,7 +169,11 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        path = Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -92,6 +92,11 @@ class RolloutWorker:
             # Ours, not the agent's: no reward, and the queue decides about another attempt.
             log.warning("attempt %s failed: %s", lease.attempt_id, error)
             outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=str(error)), None
+        except Exception as error:
+            # A slot that died of a surprise would be missed by nobody: say it, and go on.
+            log.exception("attempt %s failed", lease.attempt_id)
+            reason = f"{type(error).__name__}: {error}"
+            outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=reason), None
         try:
             await self._spans.append(_end_spans(lease, outcome, result, begun))
         except LightningRayError as error:
@@ -121,9 +126,16 @@ class RolloutWorker:
         if status is AttemptStatus.SUCCEEDED:
             table = await self._spans.fetch([lease.attempt_id])
             try:
-                rewards = await asyncio.to_thread(grade, self._grader, task, result, table)
+                rewards = await asyncio.wait_for(
+                    asyncio.to_thread(grade, self._grader, task, result, table),
+                    self._config.grader_timeout_s,
+                )
             except GraderError as raised:
                 status, error = AttemptStatus.FAILED, f"grader: {raised}"
+            except TimeoutError:
+                # Its thread cannot be stopped, but this slot need not wait for it.
+                limit = self._config.grader_timeout_s
+                status, error = AttemptStatus.FAILED, f"grader: no answer within {limit:g} s"
         outcome = AttemptOutcome(
             status,
             rewards,
@@ -151,7 +163,7 @@ def _verdict(result: AgentResult) -> tuple[AttemptStatus, str]:
     if result.end is AgentEnd.KILLED:
         reason = f"killed by signal {result.signal}"
     elif result.end is AgentEnd.LAUNCH_FAILED:
-        reason = "could not be started"
+        reason = f"could not be started: {result.fault}"
     else:
         reason = f"exit code {result.exit_code}"
     return AttemptStatus.FAILED, f"{reason}\n{tail}".strip()

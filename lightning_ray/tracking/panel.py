@@ -27,10 +27,20 @@ from rich.text import Text
 
 from lightning_ray.tracking.config import Panel
 
+METRICS = ("loss", "tokens_per_second", "staleness", "version", "left_out")
+"""Metrics of a step that a person follows; MLflow has all of them."""
+
 REFRESHES_PER_SECOND = 4
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARKS = 40
-_UNITS = {"tokens_per_second": ("tok/s", ",.0f"), "loss": ("loss", ".4f"), "seconds": ("s", ".1f")}
+_UNITS = {
+    "tokens_per_second": ("tok/s", ",.0f"),
+    "loss": ("loss", ".4f"),
+    "seconds": ("s", ".1f"),
+    "staleness": ("staleness", ".0f"),
+    "version": ("version", ".0f"),
+    "left_out": ("left out", ".0f"),
+}
 
 
 @dataclass
@@ -53,7 +63,8 @@ class Progress:
 
     Use it as a context manager around the run. `phase`, `update`, `step_done` and `note` may be
     called from any thread. The metrics named in `rewards` are shown first, with a sparkline of the
-    first of them; `first_step` is the number of steps done before, in a resumed run.
+    first of them, then those named in `metrics`; `first_step` is the number of steps done before,
+    in a resumed run.
     """
 
     def __init__(
@@ -63,12 +74,14 @@ class Progress:
         title: str = "training",
         mode: Panel | str = Panel.auto,
         rewards: Sequence[str] = ("reward", "format", "exact"),
+        metrics: Sequence[str] = METRICS,
         first_step: int = 0,
         stream: TextIO | None = None,
     ) -> None:
         self._total = total_steps
         self._title = title
         self._rewards = tuple(rewards)
+        self._shown_metrics = tuple(metrics)
         self._stream = stream or sys.stdout
         self._live_wanted = Panel(mode) is Panel.rich or (
             Panel(mode) is Panel.auto and _is_terminal(self._stream)
@@ -198,7 +211,7 @@ class Progress:
     def _numbers(self) -> list[tuple[str, str]]:
         """The metrics of the last step as (label, text), rewards first."""
         names = [name for name in self._rewards if name in self._metrics]
-        names += [name for name in self._metrics if name not in names]
+        names += [name for name in self._shown_metrics if name in self._metrics]
         numbers = []
         for name in names:
             label, form = _UNITS.get(name, (name, ".3f"))

@@ -68,7 +68,6 @@ class Conductor:
         self.state = RunState()
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
         self._session = secrets.token_hex(3)
-        self._pinned: set[int] = set()
 
     @staticmethod
     def peek(checkpoint: Path) -> RunState:
@@ -79,7 +78,6 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
-        self._pinned.add(self.state.version)
 
     def train(self) -> None:
         """Trains up to `training.steps`, and leaves a checkpoint of the end.
@@ -110,6 +108,8 @@ class Conductor:
             samples = self._config.evaluation.samples_per_task
             records = self._rollouts("heldout", self._heldout, samples)
         self._warn_of_failures(records)
+        if not any(_graded(record) for record in records):
+            raise UserError(f"no held-out rollout came to a reward; the first: {_why(records[0])}")
         return HeldoutReport.from_rewards(
             [r.outcome.rewards if _graded(r) and r.outcome else None for r in records],
             policy=self._config.policy.name,
@@ -221,6 +221,8 @@ class Conductor:
             raise InfrastructureError(
                 f"the step's batch was not built within {BATCH_TIMEOUT_S:g} s"
             ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise InfrastructureError(f"the step's batch was not built: {error.cause}") from error
 
     def _learn(self, sequences: "ray.ObjectRef", batch: Batch) -> StepReport | None:
         """One learner step; None when no group of the batch had any contrast."""
@@ -241,11 +243,13 @@ class Conductor:
         self._register(number, path, self.state.version, step, self._config.algorithm.name)
         self._parts.engines.update_weights(str(path), number)
         self.state.version = number
+        # A run is resumed with the version its checkpoint was published as.
+        kept = self._folder.whole_checkpoints()
         prune(
             self._registry,
             self._folder.versions,
             keep=self._config.policy.keep_versions,
-            pinned=self._pinned,
+            pinned={self.peek(checkpoint).version for checkpoint in kept},
         )
 
     def _checkpoint(self) -> None:
@@ -253,7 +257,6 @@ class Conductor:
             path = self._folder.checkpoint(self.state.step)
             # A step that was trained again after a resume leaves the checkpoint that is there.
             if not path.exists():
-                self._pinned.add(self.state.version)
                 self._parts.learner.save_checkpoint(
                     path, self.state.to_json(), CHECKPOINT_TIMEOUT_S
                 )

@@ -70,6 +70,13 @@ def check_train(config: TrainConfig) -> None:
     for name in ("steps", "tasks_per_step", "checkpoint_every", "keep_checkpoints"):
         if getattr(training, name) < 1:
             raise UserError(f"training.{name}={getattr(training, name)}: must be at least 1")
+    if training.step_timeout_s <= 0:
+        raise UserError(f"training.step_timeout_s={training.step_timeout_s}: must be above 0")
+    if config.policy.keep_versions < 1:
+        raise UserError(
+            f"policy.keep_versions={config.policy.keep_versions}: the version in use is kept, "
+            "so at least 1"
+        )
     if not 0 <= training.min_usable <= 1:
         raise UserError(f"training.min_usable={training.min_usable}: must lie between 0 and 1")
     if not config.name or "/" in config.name:

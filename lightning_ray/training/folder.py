@@ -83,14 +83,18 @@ class RunFolder:
         """Where the checkpoint of a step lies."""
         return self.checkpoints / f"step-{step:06d}"
 
+    def whole_checkpoints(self) -> list[Path]:
+        """The checkpoints that a run can be resumed from, oldest first."""
+        return self._numbered(self.checkpoints, _CHECKPOINT)
+
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint."""
-        found = self._numbered(self.checkpoints, _CHECKPOINT)
+        found = self.whole_checkpoints()
         return found[-1] if found else None
 
     def prune_checkpoints(self, keep: int) -> None:
         """Removes all but the newest `keep` checkpoints."""
-        for old in self._numbered(self.checkpoints, _CHECKPOINT)[:-keep]:
+        for old in self.whole_checkpoints()[:-keep]:
             # Renamed first, so that a half removed checkpoint is never taken for a whole one.
             doomed = old.with_name(f".removing-{old.name}")
             os.rename(old, doomed)

@@ -1,0 +1,122 @@
+import asyncio
+import json
+import textwrap
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from lightning_ray.agents import AgentConfig
+from lightning_ray.rollouts import (
+    AttemptStatus,
+    QueueClient,
+    RolloutRecord,
+    RolloutsConfig,
+    RolloutSpec,
+    RolloutStatus,
+    WorkerGroup,
+    start_queue,
+)
+from lightning_ray.spans import SpanClient, SpansConfig, start_store
+
+AGENT = """
+    import os, signal, sys, time
+    what = sys.argv[1]
+    if what == "answer":
+        print(os.environ["OPENAI_BASE_URL"])
+    elif what.startswith("garbage"):
+        sys.stdout.buffer.write(bytes(range(256)))
+    elif what == "crash":
+        sys.exit("the agent is broken")
+    elif what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "hang":
+        time.sleep(600)
+"""
+
+GRADER = """
+    def grade(task, result, spans):
+        if task["do"] == "ungradable":
+            raise LookupError("no such answer")
+        return {"reward": float(result.stdout.startswith("http")), "spans": spans.num_rows}
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(
+    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[QueueClient, SpanClient]]:
+    """A queue and a store, and a worker that takes from the one and tells the other."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    (folder / "agent.py").write_text(textwrap.dedent(AGENT))
+    (folder / "grader.py").write_text(textwrap.dedent(GRADER))
+    agent = AgentConfig(
+        name="test",
+        command=["python", "agent.py", "{do}"],
+        cwd=str(folder),
+        grader=f"{folder}/grader.py:grade",
+        warm_start=False,
+    )
+    config = RolloutsConfig(slots_per_worker=4)
+    queue = start_queue("run", config)
+    store = start_store(str(folder / "spans"), SpansConfig())
+    workers = WorkerGroup(config, agent, queue, store, "http://127.0.0.1:9")
+    yield queue, store
+    workers.stop()
+    store.close()
+    ray.kill(queue.actor)
+
+
+def finished(queue: QueueClient, *what: str, timeout_s: float = 20.0) -> dict[str, RolloutRecord]:
+    """The records of one rollout for each thing that the agent is to do."""
+    queue.enqueue([RolloutSpec(do, do, {"do": do}, timeout_s, max_attempts=2) for do in what])
+    return {record.spec.rollout_id: record for record in queue.wait(what, 60)}
+
+
+def test_whatever_an_agent_does_its_rollout_comes_to_an_outcome(
+    parts: tuple[QueueClient, SpanClient],
+) -> None:
+    queue, store = parts
+    records = finished(queue, "answer", "garbage", "crash", "die", "ungradable")
+    records |= finished(queue, "hang", timeout_s=0.5)
+    for name in ("answer", "garbage"):
+        assert records[name].status is RolloutStatus.SUCCEEDED and len(records[name].attempts) == 1
+    assert records["answer"].outcome.rewards == {"reward": 1.0, "spans": 0.0}
+    assert records["answer"].outcome.result.startswith("http://127.0.0.1:9/a/")
+    # Garbage is an answer of the agent, and worth what the grader says.
+    assert records["garbage"].outcome.rewards["reward"] == 0.0
+    for name, status, reason in [
+        ("crash", AttemptStatus.FAILED, "exit code 1\nthe agent is broken"),
+        ("die", AttemptStatus.FAILED, "killed by signal 9"),
+        ("ungradable", AttemptStatus.FAILED, "no such answer"),
+        ("hang", AttemptStatus.TIMED_OUT, "stopped after"),
+    ]:
+        record = records[name]
+        assert record.status is RolloutStatus.FAILED, name
+        assert [found for _, found in record.attempts] == [status, status], name
+        assert reason in record.outcome.error, name
+        # A fault is no reward of zero.
+        assert record.outcome.rewards == {}, name
+    told = store.get(["answer/1", "crash/2"])
+    assert told["kind"].to_pylist() == ["resource", "reward", "reward", "resource"]
+    assert told["value"].to_pylist() == [None, 1.0, 0.0, None]
+    why = json.loads(told["attributes"][3].as_py())
+    assert (why["status"], why["exit_code"]) == ("failed", 1)
+    assert "the agent is broken" in why["stderr"]
+
+
+def test_a_cancelled_rollout_stops_its_agent_and_frees_the_slot(
+    parts: tuple[QueueClient, SpanClient],
+) -> None:
+    queue, _ = parts
+    hanging = [f"hang{number}" for number in range(4)]
+    queue.enqueue([RolloutSpec(name, name, {"do": "hang"}, 300.0) for name in hanging])
+
+    async def all_running() -> None:
+        while queue.counts().running < 4:
+            await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(all_running(), 30))
+    queue.cancel(hanging)
+    assert finished(queue, "garbage again")["garbage again"].status is RolloutStatus.SUCCEEDED
+    assert queue.counts().cancelled == 4
