@@ -1,7 +1,7 @@
 """Connecting to Ray, and leaving nothing behind.
 
 Invariant: after `Connection.close`, no process that a local cluster of ours started is alive,
-whatever state the job was in.
+whatever state the job was in; and where the driver died without closing, its guardian sees to it.
 """
 
 import logging
@@ -12,6 +12,7 @@ import psutil
 import ray
 
 from lightning_ray.cluster.config import ClusterConfig
+from lightning_ray.cluster.guardian import Guardian
 from lightning_ray.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ class Connection:
     def __init__(self, config: ClusterConfig):
         self._config = config
         self._local = config.address == "local"
-        self._processes: list[psutil.Process] = []
+        self._guardian: Guardian | None = None
 
     def __enter__(self) -> "Connection":
         """Starts or joins the cluster. Raises UserError when there is none at the address."""
@@ -34,6 +35,7 @@ class Connection:
             "namespace": "lightning-ray",
         }
         if self._local:
+            self._guardian = Guardian()
             ray.init(
                 address="local",
                 num_cpus=config.num_cpus or max(2, os.cpu_count() or 2),
@@ -41,6 +43,8 @@ class Connection:
                 include_dashboard=False,
                 **common,
             )
+            children = psutil.Process().children()
+            self._guardian.watch([c for c in children if c.pid != self._guardian.pid])
             return self
         try:
             ray.init(address=config.address, **common)
@@ -58,10 +62,13 @@ class Connection:
     def close(self) -> None:
         """Leaves the cluster; a local one is stopped, with every process it started."""
         # Listed before the parents go: an orphan has no parent to be found by.
-        children = psutil.Process().children(recursive=True) if self._local else []
+        children = psutil.Process().children(recursive=True) if self._guardian else []
         ray.shutdown()
-        if children:
-            end_processes(children, self._config.stop_timeout_s)
+        if self._guardian is not None:
+            others = [child for child in children if child.pid != self._guardian.pid]
+            end_processes(others, self._config.stop_timeout_s)
+            self._guardian.dismiss()
+            self._guardian = None
 
 
 def end_processes(processes: Iterable[psutil.Process], timeout_s: float) -> int:

@@ -47,12 +47,12 @@ class AttributionMiddleware:
         self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
         if not hmac.compare_digest(headers.get(KEY_HEADER, b""), self._key):
-            await _refuse(send)
+            await _refuse(scope, send)
             return
         # Nothing of ours is shown to the handlers, and so to no log of theirs.
         ours = {KEY_HEADER, RUN_HEADER, ROLLOUT_HEADER, ATTEMPT_HEADER, ROLE_HEADER}
@@ -86,7 +86,11 @@ def attribution_headers(key: str, attribution: Attribution) -> dict[str, str]:
     }
 
 
-async def _refuse(send: Send) -> None:
+async def _refuse(scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        # Closed before it was accepted, which a server answers with 403.
+        await send({"type": "websocket.close", "code": 1008})
+        return
     body = b'{"error": {"message": "this engine answers its gateway only", "code": 401}}'
     await send(
         {

@@ -7,7 +7,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -22,7 +22,8 @@ def compose_config(name: str, schema: type[Any], overrides: Sequence[str]) -> An
     Raises UserError, with one line, for an unknown key or group, a wrong type, a missing value.
     """
     for override in overrides:
-        if "=" not in override and not override.startswith("~"):
+        key, equals, _ = override.partition("=")
+        if not key.strip("+~ ") or not (equals or key.startswith("~")):
             raise UserError(
                 f"{override!r} is no setting: write KEY=VALUE, for example training.steps=30"
             )
@@ -31,12 +32,19 @@ def compose_config(name: str, schema: type[Any], overrides: Sequence[str]) -> An
     try:
         with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
             composed = compose(config_name=name, overrides=list(overrides))
-        return OmegaConf.to_object(composed)
+        # Once more into the schema: `+key=value` adds keys that it does not have.
+        plain = OmegaConf.to_container(composed, resolve=False)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
     except MissingMandatoryValue as error:
         raise UserError(
             f"{error.full_key}: a value is needed; set it, or choose an experiment={_choices()}"
         ) from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except OverrideParseException as error:
+        raise UserError(
+            f"{error.override!r} cannot be read ({_one_line(error)}); write KEY=VALUE, and a value "
+            "with brackets or commas as KEY='\"VALUE\"'"
+        ) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error)) from error
 
 

@@ -7,6 +7,7 @@
 The run's folder holds everything: spans, versions, checkpoints, the curve, summary.json.
 """
 
+import json
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -94,7 +95,7 @@ def _train(
             status = RunStatus.KILLED
             raise
         finally:
-            # Once, and whole: a second Ctrl-C, or an impatient SIGTERM, must not leave processes behind.
+            # Once, and whole: a second Ctrl-C or SIGTERM must not leave processes behind.
             handlers = {
                 number: signal.signal(number, signal.SIG_IGN)
                 for number in (signal.SIGINT, signal.SIGTERM)
@@ -223,7 +224,8 @@ def _load_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
 
 
 def _content(task: Task) -> str:
-    return repr(sorted((key, value) for key, value in task.data.items() if key != "id"))
+    # Whatever order its fields, and theirs, are written in.
+    return json.dumps({k: v for k, v in task.data.items() if k != "id"}, sort_keys=True)
 
 
 def _mean(report: dict[str, Any] | None) -> float | None:

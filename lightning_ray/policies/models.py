@@ -68,7 +68,10 @@ def check_model_folder(folder: Path) -> None:
         raise lacking("tokenizer_config.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} lists no weights ({error}); copy the file again") from error
         for shard in sorted(shards):
             if not (folder / shard).is_file():
                 raise lacking(shard)
@@ -88,15 +91,15 @@ def embedded_model() -> Path:
     gguf = _embedded_gguf()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(target.parent)
+        # Made beside the target and renamed: a broken or concurrent conversion leaves nothing.
+        work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     except OSError as error:
         raise UserError(
-            f"cannot make the model cache {target.parent}: {error.strerror}; "
+            f"cannot write the model cache {target.parent}: {error.strerror}; "
             "set LIGHTNING_RAY_CACHE to a folder you can write"
         ) from error
-    _check_space(target.parent)
     log.info("converting the embedded model into %s (once, about 20 s)", target)
-    # Made beside the target and renamed, so that a broken or concurrent conversion leaves nothing.
-    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
         _convert_gguf(gguf, work)
         try:

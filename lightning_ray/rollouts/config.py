@@ -11,7 +11,7 @@ class RolloutsConfig:
 
     num_workers: int = 1
     """Worker actors that launch agents."""
-    slots_per_worker: int = 32
+    slots_per_worker: int = 64
     """Agents that one worker runs at the same time."""
     max_attempts: int = 2
     """Attempts of a rollout before it is left out: the first, and the retries."""

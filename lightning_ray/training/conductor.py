@@ -106,7 +106,9 @@ class Conductor:
             return None
         with self._progress.phase(f"scoring version {self.state.version}", slow=True):
             samples = self._config.evaluation.samples_per_task
-            records = self._rollouts("heldout", self._heldout, samples)
+            # Named after the step: the spans of two evaluations must not meet in one attempt.
+            prefix = f"heldout-s{self.state.step:05d}"
+            records = self._rollouts(prefix, self._heldout, samples)
         self._warn_of_failures(records)
         if not any(_graded(record) for record in records):
             raise UserError(f"no held-out rollout came to a reward; the first: {_why(records[0])}")

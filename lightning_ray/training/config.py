@@ -70,6 +70,9 @@ def check_train(config: TrainConfig) -> None:
     for name in ("steps", "tasks_per_step", "checkpoint_every", "keep_checkpoints"):
         if getattr(training, name) < 1:
             raise UserError(f"training.{name}={getattr(training, name)}: must be at least 1")
+    for name, seed in (("seed", config.seed), ("training.seed", training.seed)):
+        if seed < 0:
+            raise UserError(f"{name}={seed}: must be 0 or above")
     if training.step_timeout_s <= 0:
         raise UserError(f"training.step_timeout_s={training.step_timeout_s}: must be above 0")
     if config.policy.keep_versions < 1:

@@ -24,6 +24,7 @@ from lightning_ray.tracking import write_json
 
 _CHECKPOINT = re.compile(r"step-(\d+)$")
 _VERSION = re.compile(r"\d+$")
+_REMOVING = ".removing-"
 
 
 class RunFolder:
@@ -93,10 +94,12 @@ class RunFolder:
         return found[-1] if found else None
 
     def prune_checkpoints(self, keep: int) -> None:
-        """Removes all but the newest `keep` checkpoints."""
+        """Removes all but the newest `keep` checkpoints, and what a killed run was removing."""
+        for left in self.checkpoints.glob(f"{_REMOVING}*"):
+            shutil.rmtree(left)
         for old in self.whole_checkpoints()[:-keep]:
             # Renamed first, so that a half removed checkpoint is never taken for a whole one.
-            doomed = old.with_name(f".removing-{old.name}")
+            doomed = old.with_name(_REMOVING + old.name)
             os.rename(old, doomed)
             shutil.rmtree(doomed)
 

@@ -71,7 +71,6 @@ def stub_engine() -> Iterator[StubEngine]:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=1)
         await site.start()
-        stub.url = site.name.rstrip("/")
         host, port = runner.addresses[0][:2]
         stub.url = f"http://{host}:{port}"
         return runner
