@@ -101,19 +101,19 @@ def test_a_call_is_stored_against_the_longest_call_that_it_continues() -> None:
     stored = Stored()
     recorder = CallRecorder(stored.append)
     for prompt, answer in [
-        ([1, 2], [3]),
         ([1, 2, 3, 4], [5, 6]),
-        ([1, 2, 3, 4, 5], [9]),  # goes on from the middle of the second: only the first is whole
-        ([1, 2, 3, 4, 5, 6], [7]),  # adds nothing to the second
+        ([1, 2], [3]),  # earlier in the conversation, though it ended later
+        ([1, 2, 3, 4, 5], [9]),  # goes on from the middle of the first: only the second is whole
+        ([1, 2, 3, 4, 5, 6], [7]),  # adds nothing to the first, which is longer than the second
         ([2, 3], [4]),  # begins anew
     ]:
         asyncio.run(recorder.record(open_call(prompt, answer), SpanStatus.OK))
     ids = [row["span_id"] for row in stored.rows]
-    assert [row["continues"] for row in stored.rows] == [None, ids[0], ids[0], ids[1], None]
-    assert [row["prefix_tokens"] for row in stored.rows] == [0, 3, 3, 6, 0]
+    assert [row["continues"] for row in stored.rows] == [None, None, ids[1], ids[0], None]
+    assert [row["prefix_tokens"] for row in stored.rows] == [0, 0, 3, 6, 0]
     assert [list(row["token_ids"]) for row in stored.rows] == [
+        [1, 2, 3, 4, 5, 6],
         [1, 2, 3],
-        [4, 5, 6],
         [4, 5, 9],
         [7],
         [2, 3, 4],

@@ -163,6 +163,8 @@ def test_spans_that_a_full_disk_refused_may_be_sent_again(
         assert (await store.read(["r/1"]))["span_id"].to_pylist() == ["a"]
         assert (await store.stats()).spans == 1
         assert await store.append(batch("c", "d")) == 2
+        on_disk = sum(path.stat().st_size for path in tmp_path.glob("*" + SUFFIX))
+        assert (await store.stats()).bytes == on_disk
 
     asyncio.run(asyncio.wait_for(run(), 30))
     again = SpanStore(str(tmp_path), SpansConfig())
