@@ -90,7 +90,6 @@ def _train(
             _start(parts, conductor, folder, base, checkpoint)
             _run(conductor, folder, tracked, base, uri)
             status = RunStatus.FINISHED
-            parts.stop()
         except KeyboardInterrupt:
             status = RunStatus.KILLED
             raise
@@ -101,7 +100,8 @@ def _train(
                 for number in (signal.SIGINT, signal.SIGTERM)
             }
             try:
-                if status is not RunStatus.FINISHED and config.cluster.address != "local":
+                if config.cluster.address != "local":
+                    # A local cluster takes its parts with it, and what they hold is on disk.
                     parts.stop()
                 connection.close()
                 tracked.finish(status)

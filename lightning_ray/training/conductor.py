@@ -150,7 +150,7 @@ class Conductor:
         self.state.position += len(tasks)
         self.state.tokens_generated += batch.report.trainable_tokens
         self.state.left_out += batch.left_out
-        if step == config.training.steps:
+        if step == config.training.steps or step % config.training.checkpoint_every == 0:
             self._samples(records, sequences, batch)
         oldest = trained_from if batch.oldest_version is None else batch.oldest_version
         metrics: dict[str, float] = {

@@ -1,4 +1,4 @@
-"""The page of sample trajectories of a run's last step."""
+"""The page of sample trajectories: of the last checkpointed step that had anything to learn."""
 
 import json
 from collections.abc import Sequence
