@@ -31,6 +31,8 @@ from lightning_ray.spans import SpanClient, SpansConfig, start_store
 from lightning_ray.training import TrainConfig
 from lightning_ray.trajectories import build_sequences, with_advantages
 
+pytestmark = pytest.mark.timeout(1500)
+
 CHAT = "/v1/chat/completions"
 TOLERANCE = 0.02
 """Mean absolute difference of logprobs between two computations in bfloat16."""

@@ -22,7 +22,11 @@ from lightning_ray.spans.segment import read_segment
 from lightning_ray.tracking import read_summary
 from lightning_ray.training.order import TaskOrder
 
-STEPS, TASKS, GROUP = 4, 4, 4
+# Two starts of the whole stack, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(1500)
+
+# With 8 samples of a task it is all but certain that every step has something to learn.
+STEPS, TASKS, GROUP = 4, 4, 8
 TRAIN_FILE = "examples/calculator/train.jsonl"
 
 
@@ -66,7 +70,7 @@ def story(cli, few_heldout, tmp_path_factory) -> Iterator[Story]:
     assert status == 130, "".join(lines)
     left = [p.name() for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     (folder,) = [path for path in output.iterdir() if (path / "overrides.json").is_file()]
-    resumed = cli.run("train", f"resume={folder}", timeout=420)
+    resumed = cli.run("train", f"resume={folder}", timeout=900)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     yield Story(folder, stopped_within, left, "".join(lines), resumed.stdout)
 
