@@ -7,11 +7,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from lightning_ray.cluster.environment import quiet_environment
 
 quiet_environment()
+
+# How long an example takes says nothing on a machine that is shared.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parent.parent
 

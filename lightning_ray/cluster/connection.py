@@ -6,6 +6,7 @@ whatever state the job was in; and where the driver died without closing, its gu
 
 import logging
 import os
+import socket
 from collections.abc import Iterable
 
 import psutil
@@ -16,6 +17,8 @@ from lightning_ray.cluster.guardian import Guardian
 from lightning_ray.errors import UserError
 
 log = logging.getLogger(__name__)
+
+KNOCK_TIMEOUT_S = 5.0
 
 
 class Connection:
@@ -47,8 +50,9 @@ class Connection:
             self._guardian.watch([c for c in children if c.pid != self._guardian.pid])
             return self
         try:
+            _knock(config.address)
             ray.init(address=config.address, **common)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"cluster.address={config.address}: no Ray cluster answers there ({reason}); "
@@ -69,6 +73,13 @@ class Connection:
             end_processes(others, self._config.stop_timeout_s)
             self._guardian.dismiss()
             self._guardian = None
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nothing listens at HOST:PORT; Ray itself tries for over a minute."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
 
 
 def end_processes(processes: Iterable[psutil.Process], timeout_s: float) -> int:

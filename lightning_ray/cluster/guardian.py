@@ -7,6 +7,7 @@ their descendants. It imports nothing but psutil and the standard library.
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import sys
 import psutil
 
 FAREWELL = "farewell"
+LOOK_EVERY_S = 5.0
 
 
 class Guardian:
@@ -54,29 +56,54 @@ class Guardian:
         self._process.stdin.flush()
 
 
-def _family(known: list[tuple[int, float]]) -> list[psutil.Process]:
-    """The known processes that still are who they were, and their descendants."""
-    family: list[psutil.Process] = []
-    for pid, created in known:
+def _family(known: set[psutil.Process]) -> set[psutil.Process]:
+    """Those of the known processes that live, and their descendants."""
+    family = set()
+    for process in known:
         try:
-            process = psutil.Process(pid)
-            if process.create_time() == created:
-                family += [process, *process.children(recursive=True)]
+            # psutil compares start times: a process that took over a pid is another process.
+            if process.is_running():
+                family |= {process, *process.children(recursive=True)}
         except psutil.NoSuchProcess:
             continue
     return family
+
+
+def _named(line: str) -> set[psutil.Process]:
+    """The processes that the driver named, those that are still who they were."""
+    named = set()
+    for pid, created in json.loads(line):
+        try:
+            process = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            continue
+        if process.create_time() == created:
+            named.add(process)
+    return named
 
 
 def _guard() -> None:
     # Only the pipe says that the driver is gone; it may be stopping by itself after a Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    known: list[tuple[int, float]] = []
-    for line in sys.stdin:
-        if line.strip() == FAREWELL:
-            return
-        known = [(pid, created) for pid, created in json.loads(line)]
-    for process in _family(known):
+    roots: set[psutil.Process] = set()
+    family: set[psutil.Process] = set()
+    pending = b""
+    while True:
+        ready, _, _ = select.select([0], [], [], LOOK_EVERY_S)
+        if ready:
+            piece = os.read(0, 65536)
+            if not piece:
+                break
+            *lines, pending = (pending + piece).split(b"\n")
+            for line in lines:
+                if line.decode() == FAREWELL:
+                    return
+                roots = _named(line.decode())
+        # Looked up while the roots live: Ray's own daemons may die with the driver, and what they
+        # leave behind has no parent to be found by.
+        family = _family(roots | family)
+    for process in _family(roots | family) | family:
         try:
             process.kill()
         except psutil.NoSuchProcess:

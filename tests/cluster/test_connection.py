@@ -1,0 +1,84 @@
+"""A local cluster goes away with its driver, however the driver ends."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from lightning_ray.cluster import ClusterConfig, Connection, check_cluster
+from lightning_ray.cluster.guardian import LOOK_EVERY_S
+from lightning_ray.errors import UserError
+
+DRIVER = """
+import os, sys, time
+import ray
+from lightning_ray.cluster import ClusterConfig, Connection
+with Connection(ClusterConfig(num_cpus=2, object_store_mib=100)):
+    actor = ray.remote(type("Named", (), {"pid": lambda self: os.getpid()})).remote()
+    print(ray.get(actor.pid.remote()), flush=True)
+    if sys.argv[1] == "hang":
+        time.sleep(600)
+"""
+
+
+def _driver(how: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _first_number(driver: subprocess.Popen[str]) -> int:
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if line.strip().isdigit():
+            return int(line)
+    raise AssertionError("the driver ended before it named its actor")
+
+
+def _alive(processes: list[psutil.Process]) -> list[str]:
+    return [p.name() for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _wait_until_gone(processes: list[psutil.Process], seconds: float) -> list[str]:
+    deadline = time.monotonic() + seconds
+    while (left := _alive(processes)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def test_a_killed_driver_leaves_no_process_behind() -> None:
+    driver = _driver("hang")
+    actor = _first_number(driver)
+    # The guardian looks round every few seconds; a cluster lives longer than that.
+    time.sleep(LOOK_EVERY_S + 1)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert actor in [process.pid for process in family]
+    driver.kill()
+    driver.wait(10)
+    assert _wait_until_gone(family, 15) == []
+
+
+def test_a_driver_that_ends_leaves_no_process_behind() -> None:
+    driver = _driver("end")
+    _first_number(driver)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert driver.wait(60) == 0
+    assert _wait_until_gone(family, 1) == []
+
+
+def test_no_cluster_at_the_address_is_one_line() -> None:
+    connection = Connection(ClusterConfig(address="127.0.0.1:1"))
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1.*cluster\.address=local"):
+        connection.__enter__()
+
+
+@pytest.mark.parametrize("config", [ClusterConfig(num_cpus=1), ClusterConfig(object_store_mib=1)])
+def test_a_cluster_too_small_to_start_is_refused(config: ClusterConfig) -> None:
+    with pytest.raises(UserError, match="at least"):
+        check_cluster(config)
