@@ -190,6 +190,7 @@ def _finish(axes: "Axes", title: str, *, legend: bool = True) -> None:
     axes.tick_params(colors=_FAINT, labelcolor=_INK, labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     if title:
-        axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold")
+        # Above the labels of scores near 1.
+        axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", pad=16)
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, loc="best", labelcolor=_INK)
