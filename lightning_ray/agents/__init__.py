@@ -5,10 +5,11 @@ nothing of tokens or training: what an agent said to a model is seen by others, 
 that its environment names.
 """
 
+from lightning_ray.agents.choice import check_agent, make_launcher
 from lightning_ray.agents.config import AgentConfig
 from lightning_ray.agents.environment import attempt_environment
 from lightning_ray.agents.grader import Grader, GraderError, grade, load_grader
-from lightning_ray.agents.launch import CommandLauncher, Launcher, check_agent, make_launcher
+from lightning_ray.agents.launch import CommandLauncher, Launcher
 from lightning_ray.agents.result import AgentEnd, AgentResult
 from lightning_ray.agents.task import Task, load_tasks
 from lightning_ray.agents.warm import WarmLauncher

@@ -1,4 +1,4 @@
-"""Launching agents: the protocol, the cold launcher, the choice, and a check before all else.
+"""Launching agents: the protocol, and the launcher that starts any command anew.
 
 Invariant: whatever happens to a run, nothing of its process group outlives it.
 """
@@ -6,15 +6,14 @@ Invariant: whatever happens to a run, nothing of its process group outlives it.
 import asyncio
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from lightning_ray.agents.command import fill_command, find_executable, python_script
+from lightning_ray.agents.command import fill_command, find_executable
 from lightning_ray.agents.config import AgentConfig
 from lightning_ray.agents.environment import base_environment
 from lightning_ray.agents.forkserver import ForkServer, Job
-from lightning_ray.agents.grader import load_grader
 from lightning_ray.agents.result import AgentResult
 from lightning_ray.agents.task import Task
 from lightning_ray.errors import InfrastructureError, UserError
@@ -109,36 +108,3 @@ def agent_folder(config: AgentConfig) -> Path:
     if not folder.is_dir():
         raise UserError(f"agent.cwd: no folder {folder}; correct it")
     return folder
-
-
-def make_launcher(config: AgentConfig) -> Launcher:
-    """The launcher that suits the agent: warm for `python [-u] SCRIPT.py ARG...` on Linux."""
-    # Other systems' libraries are not made to be forked after use.
-    if config.warm_start and sys.platform == "linux" and python_script(config.command) is not None:
-        from lightning_ray.agents.warm import WarmLauncher
-
-        return WarmLauncher(config)
-    return CommandLauncher(config)
-
-
-def check_agent(config: AgentConfig, tasks: Sequence[Task]) -> None:
-    """Find out what is wrong with an agent before anything expensive is started.
-
-    Raises:
-        UserError: no such folder, program or script, a grader that does not load, a task that does
-            not fill the command, or a limit that is not positive.
-    """
-    if not config.command:
-        raise UserError("agent.command is empty; give the agent's command line as a list")
-    if config.timeout_s <= 0 or config.max_output_bytes <= 0:
-        raise UserError("agent.timeout_s and agent.max_output_bytes must be positive")
-    folder = agent_folder(config)
-    env = base_environment(config)
-    for task in tasks:
-        argv = fill_command(config.command, task)
-    if tasks:
-        find_executable(argv[0], env, folder)
-    script = python_script(config.command)
-    if script is not None and not (folder / script.script).is_file():
-        raise UserError(f"agent.command: no script {folder / script.script}; correct the path")
-    load_grader(config.grader)

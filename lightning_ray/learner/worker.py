@@ -28,6 +28,7 @@ from lightning_ray.algorithms.base import LossConfig
 from lightning_ray.errors import UserError
 from lightning_ray.learner.checkpoint import STATE_FILE
 from lightning_ray.learner.config import LearnerConfig
+from lightning_ray.learner.deepspeed_settings import deepspeed_config, set_environment
 from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
 from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
 from lightning_ray.learner.report import StepReport
@@ -66,7 +67,7 @@ class LearnerWorker:
 
     def setup(self, host: str, port: int) -> None:
         """Meet the other ranks, load the model and make the optimiser."""
-        _set_environment(self.rank, self.config.num_ranks, host, port)
+        set_environment(self.rank, self.config.num_ranks, host, port)
         import torch
 
         cuda = torch.cuda.is_available()
@@ -99,7 +100,7 @@ class LearnerWorker:
             fused=True,
         )
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_deepspeed_config(self.config)
+            model=module, optimizer=optimizer, config=deepspeed_config(self.config)
         )
         self.engine.train()
 
@@ -355,41 +356,6 @@ class LearnerWorker:
         """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
-
-
-def _set_environment(rank: int, num_ranks: int, host: str, port: int) -> None:
-    """What DeepSpeed and torch.distributed read when they are imported or initialised."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        # Ray shows an actor only its own GPUs, so each rank is the first on what it can see.
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "MASTER_ADDR": host,
-        "MASTER_PORT": str(port),
-    }
-
-
-def _deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's settings. The optimiser is ours, so that nothing is compiled at start."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # A step has as many rows as the batch fills: `backward` only accumulates, `step` reduces.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
-        # Sums over many rows and ranks lose small gradients in bfloat16.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            # Nothing to overlap with on a CPU; the default bucket alone would take 2 GB.
-            "overlap_comm": False,
-            "reduce_bucket_size": 2**25,
-            "allgather_bucket_size": 2**27,
-        },
-        "steps_per_print": 10**9,
-    }
 
 
 def _dtype_name(model_dir: Path) -> str:

@@ -85,6 +85,10 @@ def question(number: int) -> dict[str, object]:
             {"role": "system", "content": "Turn each question into a calculator expression."},
             {"role": "user", "content": "What is 12 plus 30?"},
             {"role": "assistant", "content": "calc(12 + 30)"},
+            # A second example: with one, the base model answers half of the questions with noise,
+            # whose logprobs near -10 no two computations in bfloat16 agree on.
+            {"role": "user", "content": "What is 7 times 15?"},
+            {"role": "assistant", "content": "calc(7 * 15)"},
             {"role": "user", "content": f"What is {number} plus 41?"},
         ],
     }
@@ -96,7 +100,7 @@ def stack(ray_cluster, real_model, tmp_path_factory) -> Iterator[Stack]:
     config: TrainConfig = compose_config("train", TrainConfig, ["experiment=calculator"])
     inference: InferenceConfig = config.inference
     learner_config: LearnerConfig = config.learner
-    learner_config.learning_rate = 3e-5
+    learner_config.learning_rate = 1e-4
     store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
     engines = InferenceGroup(inference, str(real_model), "policy", ["gpt-4o-mini"], 0, store)
     learner = LearnerGroup(learner_config, real_model, "test")

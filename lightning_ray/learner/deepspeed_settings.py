@@ -1,0 +1,41 @@
+"""What DeepSpeed is told: the environment of a rank, and the engine's settings."""
+
+import os
+from typing import Any
+
+from lightning_ray.learner.config import LearnerConfig
+
+
+def set_environment(rank: int, num_ranks: int, host: str, port: int) -> None:
+    """What DeepSpeed and torch.distributed read when they are imported or initialised."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        # Ray shows an actor only its own GPUs, so each rank is the first on what it can see.
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+    }
+
+
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's settings. The optimiser is ours, so that nothing is compiled at start."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # A step has as many rows as the batch fills: `backward` only accumulates, `step` reduces.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
+        # Sums over many rows and ranks lose small gradients in bfloat16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            # Nothing to overlap with on a CPU; the default bucket alone would take 2 GB.
+            "overlap_comm": False,
+            "reduce_bucket_size": 2**25,
+            "allgather_bucket_size": 2**27,
+        },
+        "steps_per_print": 10**9,
+    }
