@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -125,11 +126,17 @@ def test_the_tasks_are_right_and_heldout_ones_are_in_no_training_step():
     assert not asked["train"] & asked["heldout"]
     assert len(asked["train"] | asked["heldout"]) == 1152
     assert "What is 12 plus 30?" not in asked["train"] | asked["heldout"]
-    signs = {"plus": "+", "minus": "-", "times": "*"}
-    for task in files["train"] + files["heldout"]:
-        left, sign, right = task.data["question"][len("What is ") : -1].split()
-        assert 10 <= int(left) < 1000 and 10 <= int(right) < 1000
-        assert task.data["answer"] == eval(f"{left} {signs[sign]} {right}")
+    signs = {"plus": "+", "sum": "+", "minus": "-", "difference": "-", "times": "*", "product": "*"}
+    calculations: dict[str, set[tuple[str, str, str]]] = {"train": set(), "heldout": set()}
+    for name, tasks in files.items():
+        for task in tasks:
+            left, right = re.findall(r"\d+", task.data["question"])
+            (sign,) = [signs[w] for w in re.findall(r"[a-z]+", task.data["question"]) if w in signs]
+            assert 10 <= int(left) < 1000 and 10 <= int(right) < 1000
+            assert task.data["answer"] == eval(f"{left} {sign} {right}")
+            calculations[name].add((left, sign, right))
+    # However a calculation is worded, one that is scored on is not trained on.
+    assert not calculations["train"] & calculations["heldout"]
     check_agent(CONFIG, files["train"] + files["heldout"])
 
 

@@ -100,7 +100,7 @@ def stack(ray_cluster, real_model, tmp_path_factory) -> Iterator[Stack]:
     config: TrainConfig = compose_config("train", TrainConfig, ["experiment=calculator"])
     inference: InferenceConfig = config.inference
     learner_config: LearnerConfig = config.learner
-    learner_config.learning_rate = 1e-4
+    learner_config.learning_rate = 1e-5
     store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
     engines = InferenceGroup(inference, str(real_model), "policy", ["gpt-4o-mini"], 0, store)
     learner = LearnerGroup(learner_config, real_model, "test")
@@ -189,22 +189,27 @@ def test_a_second_turn_stores_only_what_it_adds(stack):
 
 def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(stack, tmp_path):
     before = stack.sample("before", 48)
-    assert stack.difference(before) <= TOLERANCE
+    agreed = stack.difference(before)
+    print(f"mean absolute difference: {agreed:.4f} at version 0")
+    assert agreed <= TOLERANCE
 
     batch = ray.put(with_advantages(before, dict.fromkeys(before["attempt_id"].to_pylist(), 1.0)))
-    for _ in range(3):
+    for _ in range(6):
         report = stack.learner.step(batch, LossConfig(epsilon_low=1.0, epsilon_high=9.0), 300)
         assert report.skipped is None
     # The learner has moved on: it no longer agrees with what the old version sampled.
     moved = stack.difference(before)
-    assert moved > 2 * TOLERANCE
+    print(f"{moved:.4f} after six steps of the learner")
+    assert moved > max(TOLERANCE, 2 * agreed)
 
     folder = stack.learner.publish(tmp_path / "version-1", 120)
     stack.engines.update_weights(str(folder), 1)
     stack.version = 1
     after = stack.sample("after", 48)
     assert {v for row in after["versions"].to_pylist() for v in row} == {-1, 1}
-    assert stack.difference(after) <= TOLERANCE
+    renewed = stack.difference(after)
+    print(f"{renewed:.4f} at version 1")
+    assert renewed <= TOLERANCE
 
 
 def test_the_prefix_cache_never_crosses_versions(stack, tmp_path):
