@@ -53,7 +53,7 @@ def test_a_program_that_cannot_be_executed_is_no_fault_of_the_agent(agent, tmp_p
         ({"command": ["python", "missing.py"]}, "no script .*missing.py"),
         ({"command": ["python", "agent.py", "{nothing}"]}, "task '1' has no field 'nothing'"),
         ({"command": ["python", "agent.py", '{"a": 1}']}, "lone '{'"),
-        ({"timeout_s": 0.0}, "must be positive"),
+        ({"timeout_s": 0.0}, "must be above 0"),
         ({"cwd": "/no/such/folder"}, "agent.cwd: no folder /no/such/folder"),
         ({"grader": "missing.py:grade"}, "no file .*missing.py"),
     ],
