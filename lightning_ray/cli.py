@@ -3,19 +3,34 @@
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from types import FrameType
 
 from lightning_ray import __version__
 from lightning_ray.cluster.environment import quiet_environment
 from lightning_ray.errors import InfrastructureError, UserError
 
-USAGE = """usage: lightning-ray COMMAND [KEY=VALUE ...]
 
-commands:
-  train experiment=NAME [KEY=VALUE ...]   train an agent; Hydra overrides as usual
-  train resume=RUN [KEY=VALUE ...]        go on with a run from its last checkpoint
-  version                                 print the version
-"""
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line."""
+
+    job: str
+    """Module below `lightning_ray.jobs`; its `main(arguments)` is the command."""
+    usage: tuple[tuple[str, str], ...]
+    """What can be typed after the command's name, and what it does."""
+
+
+COMMANDS = {
+    "train": Command(
+        "train",
+        (
+            ("experiment=NAME [KEY=VALUE ...]", "train an agent; Hydra overrides as usual"),
+            ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
+        ),
+    ),
+}
 
 
 def main() -> None:
@@ -24,26 +39,31 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a command; returns its exit status: 0, 1 fault, 2 a mistake to mend, 130 interrupted."""
+    """Runs a command; returns its exit status: 0, 1 fault, 2 a mistake to mend, 130 interrupted.
+
+    A command may end with a status of its own by raising SystemExit: a gate that is not met, say.
+    """
     # Before anything is imported that would read them.
     quiet_environment()
     signal.signal(signal.SIGTERM, _interrupt)
-    command, *rest = arguments or ["help"]
-    if command in ("help", "-h", "--help"):
-        print(USAGE, end="")
+    name, *rest = arguments or ["help"]
+    if name in ("help", "-h", "--help"):
+        print(usage(), end="")
         return 0
-    if command == "version":
+    if name == "version":
         print(__version__)
         return 0
-    jobs: dict[str, Callable[[], Callable[[Sequence[str]], None]]] = {"train": _train}
-    if command not in jobs:
-        print(f"error: no command {command!r}; try `lightning-ray help`", file=sys.stderr)
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; try `lightning-ray help`", file=sys.stderr)
         return 2
-    if any(word in ("-h", "--help") for word in rest):
-        print(USAGE, end="")
+    if _asks_for_help(rest):
+        print(usage(name), end="")
         return 0
     try:
-        jobs[command]()(rest)
+        job: Callable[[Sequence[str]], None] = import_module(
+            f"lightning_ray.jobs.{COMMANDS[name].job}"
+        ).main
+        job(rest)
         return 0
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -56,10 +76,25 @@ def run(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _train() -> Callable[[Sequence[str]], None]:
-    from lightning_ray.jobs.train import main as job
+def usage(name: str | None = None) -> str:
+    """What can be typed: every command, or one."""
+    lines = [
+        (f"{command} {words}".rstrip(), meaning)
+        for command in ([name] if name else COMMANDS)
+        for words, meaning in COMMANDS[command].usage
+    ]
+    if name is None:
+        lines.append(("version", "print the version"))
+    width = max(len(typed) for typed, _ in lines)
+    return "usage: lightning-ray COMMAND ...\n\ncommands:\n" + "".join(
+        f"  {typed.ljust(width)}   {meaning}\n" for typed, meaning in lines
+    )
 
-    return job
+
+def _asks_for_help(rest: Sequence[str]) -> bool:
+    # What follows `--` is somebody else's command line.
+    own = rest[: rest.index("--")] if "--" in rest else rest
+    return any(word in ("-h", "--help") for word in own)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

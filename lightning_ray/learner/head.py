@@ -17,7 +17,7 @@ def selected_logprobs(
     """Logprob of each target under softmax(hidden @ weight.T + bias), and that softmax's entropy.
 
     Args:
-        hidden: float[M, H]
+        hidden: float[M, H], float32 also where the weight is narrower.
         weight: float[V, H]
         bias: float[V] or None.
         target: int64[M]
@@ -89,7 +89,7 @@ class _SelectedLogprobs(torch.autograd.Function):
                 grad_bias += grad_logits.sum(dim=0)
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
-            product = grad_logits.t() @ hidden[part]
+            product = grad_logits.t() @ hidden[part].to(weight.dtype)
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
         assert grad_weight is not None  # M is never 0: every row predicts something
         return (

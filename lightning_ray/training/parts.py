@@ -37,8 +37,10 @@ class Parts:
         self._progress = progress
         self._stack = ExitStack()
 
-    def start(self, model: Path, version: int) -> None:
+    def start(self, model: Path, version: int, learn: bool = True) -> None:
         """Starts everything; the engines answer with version `version`, whose weights are `model`.
+
+        Without `learn` there is no learner: for jobs that only run the agent.
 
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
@@ -47,7 +49,8 @@ class Parts:
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
         self.queue = start_queue(self._folder.run_id, config.rollouts)
-        with self._progress.phase("starting the vLLM engine and the DeepSpeed learner", slow=True):
+        learner = " and the DeepSpeed learner" if learn else ""
+        with self._progress.phase(f"starting the vLLM engine{learner}", slow=True):
             # The engine's slow start runs while the learner's is waited for.
             self.engines = InferenceGroup(
                 config.inference,
@@ -58,8 +61,9 @@ class Parts:
                 self.store,
             )
             self._at_end(self.engines.stop)
-            self.learner = LearnerGroup(config.learner, self._base, self._folder.run_id)
-            self._at_end(self.learner.stop)
+            if learn:
+                self.learner = LearnerGroup(config.learner, self._base, self._folder.run_id)
+                self._at_end(self.learner.stop)
             urls = self.engines.wait_ready()
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
             self._at_end(stop_gateway)
