@@ -1,10 +1,10 @@
 # make train   sets up and trains the default experiment: an agent that never heard of us
-# make test    sets up and runs the tests
+# make test    sets up and runs the tests; make test-all also those that take minutes each
 # make check   format, lint, types, and the direction of imports
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: setup train test check format lock clean
+.PHONY: setup train test test-all check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -16,6 +16,9 @@ train: setup
 	@$(VENV)/bin/lightning-ray train experiment=calculator $(ARGS)
 
 test: setup
+	@$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 check: setup
