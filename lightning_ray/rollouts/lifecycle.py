@@ -182,6 +182,7 @@ class Lifecycle:
             task=spec.task,
             timeout_s=spec.timeout_s,
             capability=capability,
+            group_id=spec.group_id,
         )
 
     def _end(self, rollout: _Rollout, attempt: _Attempt, outcome: AttemptOutcome) -> None:

@@ -69,6 +69,8 @@ class Lease:
     timeout_s: float
     capability: str
     """The secret part of the attempt's base URL; opens the gateway while the attempt lives."""
+    group_id: str = ""
+    """As in the rollout's spec."""
 
 
 @dataclass(frozen=True)

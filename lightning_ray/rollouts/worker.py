@@ -181,6 +181,8 @@ def _end_spans(
     good = outcome.status is AttemptStatus.SUCCEEDED
     attributes: dict[str, Any] = {
         "task_id": lease.task_id,
+        "task": lease.task,
+        "group_id": lease.group_id,
         "status": outcome.status.value,
         "stdout": outcome.result,
         "error": outcome.error,
