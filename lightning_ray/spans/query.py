@@ -39,6 +39,6 @@ def query(spans: pa.Table, sql: str, parameters: Sequence[object] = ()) -> pa.Ta
         connection.register("spans", spans)
         try:
             connection.execute("SET lock_configuration = true")
-            return connection.execute(sql, list(parameters)).to_arrow_table()
+            return connection.sql(sql, params=list(parameters)).to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"the query cannot be run: {' '.join(str(error).split())}") from error
