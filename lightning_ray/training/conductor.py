@@ -21,6 +21,7 @@ from lightning_ray.agents import Task
 from lightning_ray.algorithms import make_algorithm
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.evaluation import HeldoutReport
+from lightning_ray.gateway import make_roles
 from lightning_ray.learner import StepReport, read_state
 from lightning_ray.policies import PolicyRegistry, PolicyVersion, prune
 from lightning_ray.rollouts import RolloutRecord, RolloutSpec, RolloutStatus
@@ -30,6 +31,7 @@ from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
+from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.state import RunState
 
@@ -65,6 +67,7 @@ class Conductor:
         self._heldout = list(heldout)
         self._base = base
         self._algorithm = make_algorithm(config.algorithm)
+        self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
         self._session = secrets.token_hex(3)
@@ -78,6 +81,16 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
+
+    def rehearse(self) -> None:
+        """Tries a few tasks before the run begins. Raises UserError for what cannot work."""
+        with self._progress.phase("rehearsing", slow=True):
+            tasks = self._order.take(0, REHEARSED_TASKS)
+            records = self._rollouts("rehearsal", tasks, 1)
+        spans = self._parts.store.get([r.attempt_id for r in records if r.attempts])
+        note = check_rehearsal(records, spans, self._roles, self._config.policy.name)
+        if note is not None:
+            self._progress.note(note)
 
     def train(self) -> None:
         """Trains up to `training.steps`, and leaves a checkpoint of the end.
@@ -111,7 +124,7 @@ class Conductor:
             records = self._rollouts(prefix, self._heldout, samples)
         self._warn_of_failures(records)
         if not any(_graded(record) for record in records):
-            raise UserError(f"no held-out rollout came to a reward; the first: {_why(records[0])}")
+            raise UserError(f"no held-out rollout came to a reward; the first: {why(records[0])}")
         return HeldoutReport.from_rewards(
             [r.outcome.rewards if _graded(r) and r.outcome else None for r in records],
             policy=self._config.policy.name,
@@ -140,6 +153,8 @@ class Conductor:
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
+        if len(batch.report.empty) == batch.report.attempts:
+            raise no_call_for(config.policy.name, self._roles)
         with self._progress.phase("learn") as learning:
             report = self._learn(sequences, batch)
         trained_from = self.state.version
@@ -284,7 +299,7 @@ class Conductor:
         usable = sum(_graded(record) for record in records)
         self._warn_of_failures(records)
         if usable < self._config.training.min_usable * len(records):
-            reason = next((_why(record) for record in records if not _graded(record)), "")
+            reason = next((why(record) for record in records if not _graded(record)), "")
             raise UserError(
                 f"only {usable} of {len(records)} rollouts of step {self.state.step + 1} came to a "
                 f"reward (training.min_usable={self._config.training.min_usable}); "
@@ -295,7 +310,7 @@ class Conductor:
         failed = [record for record in records if not _graded(record)]
         if failed:
             self._progress.note(
-                f"{len(failed)} of {len(records)} rollouts left out; the first: {_why(failed[0])}"
+                f"{len(failed)} of {len(records)} rollouts left out; the first: {why(failed[0])}"
             )
 
     def _samples(
@@ -325,12 +340,3 @@ class Conductor:
 
 def _graded(record: RolloutRecord) -> bool:
     return record.status is RolloutStatus.SUCCEEDED
-
-
-def _why(record: RolloutRecord) -> str:
-    """Why a rollout came to no reward: its last attempt's status and the end of its stderr."""
-    if record.outcome is None:
-        return f"{record.spec.rollout_id}: {record.status.value}"
-    error = " | ".join(line for line in record.outcome.error.splitlines() if line.strip())
-    tail = error if len(error) <= 400 else error[:120] + " ... " + error[-270:]
-    return f"{record.spec.rollout_id} ({record.outcome.status.value}): {tail}"
