@@ -30,6 +30,24 @@ COMMANDS = {
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
         ),
     ),
+    "serve": Command(
+        "serve",
+        (
+            (
+                "[experiment=NAME] [KEY=VALUE ...]",
+                "released versions behind the gateway, for live use",
+            ),
+        ),
+    ),
+    "release": Command(
+        "release",
+        (
+            ("status [POLICY]", "which versions serve, and why"),
+            ("canary POLICY VERSION [share=0.1]", "try a version on a share of conversations"),
+            ("promote POLICY [VERSION]", "make the candidate, or a version, the champion"),
+            ("rollback POLICY", "withdraw the candidate, or go back to the last champion"),
+        ),
+    ),
 }
 
 

@@ -6,20 +6,33 @@ replies.
 """
 
 from lightning_ray.gateway.answerers import Answerer, upstream_answerer
-from lightning_ray.gateway.config import GatewayConfig, RoleConfig, check_gateway
+from lightning_ray.gateway.config import (
+    GatewayConfig,
+    RoleConfig,
+    ServingConfig,
+    check_gateway,
+    check_serving,
+)
+from lightning_ray.gateway.fleet import Fleet
+from lightning_ray.gateway.live import LiveDoor, start_desk
 from lightning_ray.gateway.roles import Role, describe, make_roles, models_of
 from lightning_ray.gateway.serving import choose_port, start_gateway, stop_gateway
 
 __all__ = [
     "Answerer",
+    "Fleet",
     "GatewayConfig",
+    "LiveDoor",
     "Role",
     "RoleConfig",
+    "ServingConfig",
     "check_gateway",
+    "check_serving",
     "choose_port",
     "describe",
     "make_roles",
     "models_of",
+    "start_desk",
     "start_gateway",
     "stop_gateway",
     "upstream_answerer",

@@ -41,6 +41,39 @@ class GatewayConfig:
     """Longest that one call may take, seconds."""
 
 
+@dataclass
+class ServingConfig:
+    """Live traffic: callers with keys, conversations, released versions."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    """Callers by name, each with the environment variable that holds its key."""
+    conversation_header: str = "x-conversation-id"
+    """Request header that tells a caller's conversations apart; without it, how they begin does."""
+    conversation_idle_s: float = 1800.0
+    """A conversation without a call for so long is over, seconds."""
+    max_engines: int = 2
+    """Versions of one policy that have engines at the same time: champion, candidate, earlier."""
+    poll_s: float = 0.25
+    """How often the registry is asked where the releases stand, seconds."""
+
+
+def check_serving(config: ServingConfig) -> None:
+    """Raises UserError for values that nobody can be served with."""
+    if not config.keys:
+        raise UserError(
+            "serving.keys is empty: name a caller and the environment variable with its key, "
+            "+serving.keys.web=WEB_API_KEY"
+        )
+    if config.max_engines < 2:
+        raise UserError(
+            f"serving.max_engines={config.max_engines}: champion and candidate need one each, so "
+            "at least 2"
+        )
+    for name in ("conversation_idle_s", "poll_s"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"serving.{name}={getattr(config, name)}: must be above 0 seconds")
+
+
 def check_gateway(config: GatewayConfig) -> None:
     """Raises UserError for values that no gateway can run with."""
     if not 0 <= config.port < 65536:

@@ -70,6 +70,9 @@ def _one_line(error: BaseException) -> str:
     own = str(error).splitlines()[0].strip()
     if own != message and "override" in own.lower() and own not in message:
         message = f"{own.rstrip('.')}: {message}"
+    if "is not in struct" in message and key:
+        # A mapping of the user's own, to which a key is added and not changed.
+        return f"{message}; to add a key write +{key}=VALUE"
     # Hydra lists the options of a group one a line, below this heading.
     for place, line in enumerate(lines):
         if line.startswith("Available options"):

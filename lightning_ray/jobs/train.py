@@ -33,7 +33,7 @@ from lightning_ray.tracking import (
 )
 from lightning_ray.tracking.mlflow_run import RunStatus
 from lightning_ray.tracking.store import default_uri
-from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
+from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train, needs_of
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def _train(
         uri = config.tracking.uri or default_uri(root)
         registry = PolicyRegistry(uri, config.policy.name, tracked.run_id)
         status = RunStatus.FAILED
-        connection = Connection(config.cluster)
+        connection = Connection(config.cluster, needs_of(config))
         parts = Parts(config, folder, base, progress)
         try:
             with progress.phase("starting Ray", slow=True):

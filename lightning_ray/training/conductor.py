@@ -23,7 +23,7 @@ from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.evaluation import HeldoutReport
 from lightning_ray.gateway import make_roles
 from lightning_ray.learner import StepReport, read_state
-from lightning_ray.policies import PolicyRegistry, PolicyVersion, prune
+from lightning_ray.policies import PolicyRegistry, PolicyVersion, Releases, prune
 from lightning_ray.rollouts import RolloutRecord, RolloutSpec, RolloutStatus
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
@@ -266,7 +266,10 @@ class Conductor:
             self._registry,
             self._folder.versions,
             keep=self._config.policy.keep_versions,
-            pinned={self.peek(checkpoint).version for checkpoint in kept},
+            pinned={self.peek(checkpoint).version for checkpoint in kept}
+            | Releases(self._registry.uri).needed_of_run(
+                self._config.policy.name, self._tracked.run_id
+            ),
         )
 
     def _checkpoint(self) -> None:

@@ -9,7 +9,7 @@ from lightning_ray.algorithms import AlgorithmConfig, check_algorithm
 from lightning_ray.cluster import ClusterConfig, check_cluster
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import EvaluationConfig, check_evaluation
-from lightning_ray.gateway import GatewayConfig, check_gateway, make_roles
+from lightning_ray.gateway import GatewayConfig, ServingConfig, check_gateway, make_roles
 from lightning_ray.inference import InferenceConfig, check_inference
 from lightning_ray.learner import LearnerConfig, check_learner
 from lightning_ray.policies import PolicyConfig, settle_policies
@@ -60,6 +60,7 @@ class TrainConfig:
     rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     spans: SpansConfig = field(default_factory=SpansConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

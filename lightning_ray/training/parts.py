@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 
+from lightning_ray.cluster import Needs
 from lightning_ray.errors import LightningRayError
 from lightning_ray.gateway import (
     Answerer,
@@ -27,6 +28,21 @@ from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+
+def needs_of(config: TrainConfig, learn: bool = True) -> Needs:
+    """What the parts of a job ask Ray for."""
+    inference, learner, rollouts = config.inference, config.learner, config.rollouts
+    ours = [policy for policy in config.policies.values() if not policy.is_upstream]
+    engines = inference.num_engines * max(1, len(ours))
+    ranks = learner.num_ranks if learn else 0
+    return Needs(
+        cpus=engines * inference.num_cpus
+        + ranks * learner.num_cpus
+        + rollouts.num_workers * rollouts.num_cpus
+        + config.gateway.num_replicas * config.gateway.num_cpus,
+        gpus=engines * inference.num_gpus + ranks * learner.num_gpus,
+    )
 
 
 class Parts:
