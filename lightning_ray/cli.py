@@ -30,6 +30,13 @@ COMMANDS = {
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
         ),
     ),
+    "submit": Command(
+        "submit",
+        (
+            ("COMMAND [ARGUMENT ...] [cluster.KEY=VALUE ...]", "run a command on a Ray cluster"),
+            ("ls | status JOB | logs JOB [-f] | stop JOB", "look after submitted jobs"),
+        ),
+    ),
 }
 
 

@@ -50,7 +50,7 @@ class Connection:
             self._guardian.watch([c for c in children if c.pid != self._guardian.pid])
             return self
         try:
-            _knock(config.address)
+            knock(config.address)
             ray.init(address=config.address, **common)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -75,7 +75,7 @@ class Connection:
             self._guardian = None
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """Raises OSError when nothing listens at HOST:PORT; Ray itself tries for over a minute."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
