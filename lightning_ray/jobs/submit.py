@@ -31,6 +31,8 @@ from lightning_ray.tracking.redaction import masked
 # Without a module of their own.
 _BUILT_IN = ("version",)
 _NOT_JOBS = ("compose", "submit")
+# Commands that are configured as another one is.
+_CONFIG_OF = {"evaluate": "train", "serve": "train"}
 # Of `cluster`, what the driver over there reads too.
 _FOR_THE_JOB = ("cluster.log_to_driver=", "cluster.stop_timeout_s=")
 
@@ -102,7 +104,7 @@ def job_words(
 
 def _groups(command: str) -> set[str] | None:
     """The Hydra groups of a command's configuration; None where it takes no settings."""
-    path = CONFIGS / f"{_module(command)}.yaml"
+    path = CONFIGS / f"{_module(_CONFIG_OF.get(command, command))}.yaml"
     if not path.is_file():
         return None
     defaults = yaml.safe_load(path.read_text())["defaults"]
@@ -143,7 +145,7 @@ def _check(command: str, words: Sequence[str], typed: Sequence[str], config: Clu
     )
     if not known:
         raise UserError(f"no command {command!r} to submit; try `lightning-ray help`")
-    _check_secrets(typed)
+    _check_secrets(typed, config.env_vars)
     local = "://" not in config.working_dir
     if local and not Path(config.working_dir).is_dir():
         raise UserError(f"cluster.working_dir={config.working_dir}: no such folder")
@@ -163,8 +165,11 @@ def _check(command: str, words: Sequence[str], typed: Sequence[str], config: Clu
             check([at_home(word, str(Path.home())) for word in words])
 
 
-def _check_secrets(typed: Sequence[str]) -> None:
-    """Raises UserError when a secret would stand in the job's command, for all to read."""
+def _check_secrets(typed: Sequence[str], variables: Sequence[str]) -> None:
+    """Raises UserError when a secret would stand in the job's command, for all to read.
+
+    The name of one of `variables` is no secret, whatever it is the value of.
+    """
     for word in typed:
         key, equals, text = word.partition("=")
         if not equals or text.startswith(("${", "\\${")):
@@ -174,7 +179,7 @@ def _check_secrets(typed: Sequence[str]) -> None:
         except HydraException:
             # Not a setting, or a mistake that composing the configuration says better.
             value = text
-        nested: Any = value
+        nested: Any = _without(variables, value)
         for name in reversed(key.lstrip("+~").split(".")):
             nested = {name: nested}
         if masked(nested) != nested:
@@ -182,6 +187,14 @@ def _check_secrets(typed: Sequence[str]) -> None:
                 f"{key}: its value would stand in the job's command for all to read; export it "
                 "under some NAME, add that to cluster.env_vars, and write '${oc.env:NAME}' instead"
             )
+
+
+def _without(names: Sequence[str], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(names, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without(names, item) for item in value]
+    return None if value in names else value
 
 
 def _leave(manifest: str, path: str | None) -> None:

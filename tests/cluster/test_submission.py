@@ -81,6 +81,14 @@ def test_a_secret_in_the_command_is_refused(
     assert "abc" not in printed
 
 
+def test_the_name_of_a_variable_is_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    typed = ["+serving.keys={web:WEB_KEY}", "+agent.env.API_KEY='${oc.env:WEB_KEY}'"]
+    at = ["cluster=kuberay", "cluster.env_vars=[WEB_KEY]"]
+    assert cli.run(["submit", "version", *typed, *at]) == 0
+    assert "web:WEB_KEY" in capsys.readouterr().out
+    assert cli.run(["submit", "version", typed[0], at[0]]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -270,6 +270,7 @@ def test_a_training_job_runs_there(
     assert f"{job}: SUCCEEDED" in log
     (run,) = [path for path in tmp_path.iterdir() if (path / "summary.json").is_file()]
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
+    assert f"{job}: SUCCEEDED" in typed("status", job)[1] and job in typed("ls")[1]
 
 
 @pytest.mark.slow
