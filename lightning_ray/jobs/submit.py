@@ -168,11 +168,11 @@ def _check(command: str, words: Sequence[str], typed: Sequence[str], config: Clu
 def _check_secrets(typed: Sequence[str], variables: Sequence[str]) -> None:
     """Raises UserError when a secret would stand in the job's command, for all to read.
 
-    The name of one of `variables` is no secret, whatever it is the value of.
+    The name of one of `variables` is no secret, whatever it is the value of; neither is `${...}`.
     """
     for word in typed:
         key, equals, text = word.partition("=")
-        if not equals or text.startswith(("${", "\\${")):
+        if not equals:
             continue
         try:
             value = OverridesParser.create().parse_override(word).value()
@@ -194,7 +194,7 @@ def _without(names: Sequence[str], value: Any) -> Any:
         return {key: _without(names, item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without(names, item) for item in value]
-    return None if value in names else value
+    return None if value in names or str(value).startswith("${") else value
 
 
 def _leave(manifest: str, path: str | None) -> None:
