@@ -48,6 +48,13 @@ COMMANDS = {
             ("rollback POLICY", "withdraw the candidate, or go back to the last champion"),
         ),
     ),
+    "submit": Command(
+        "submit",
+        (
+            ("COMMAND [ARGUMENT ...] [cluster.KEY=VALUE ...]", "run a command on a Ray cluster"),
+            ("ls | status JOB | logs JOB [-f] | stop JOB", "look after submitted jobs"),
+        ),
+    ),
 }
 
 

@@ -64,7 +64,7 @@ class Connection:
             self._require_room()
             return self
         try:
-            _knock(config.address)
+            knock(config.address)
             ray.init(address=config.address, **common)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -101,7 +101,7 @@ class Connection:
                 )
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """Raises OSError when nothing listens at HOST:PORT; Ray itself tries for over a minute."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():

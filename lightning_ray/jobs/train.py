@@ -57,6 +57,21 @@ def main(arguments: Sequence[str]) -> None:
     _train(config, folder, tasks, heldout, base, resuming)
 
 
+def check(arguments: Sequence[str]) -> None:
+    """What can be told of a job that will run elsewhere, from a folder like this one.
+
+    Raises UserError for what the user can mend.
+    """
+    if any(argument.startswith("resume=") for argument in arguments):
+        # The run, and what was typed for it, lie over there.
+        return
+    config: TrainConfig = compose_config("train", TrainConfig, arguments)
+    check_train(config)
+    for path in (config.training.tasks, config.evaluation.tasks):
+        if path is not None and not Path(path).is_absolute():
+            load_tasks(path)
+
+
 def _train(
     config: TrainConfig,
     folder: RunFolder,
