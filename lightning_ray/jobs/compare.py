@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     found = find_runs(asked.runs, asked.output_dir, asked.uri)
     if len(found.runs) < 2:
         raise UserError(
-            f"{len(found.runs)} run to compare, of at least 2; {known(asked.output_dir)}"
+            f"{len(found.runs)} run to compare, and it takes two; {known(asked.output_dir)}"
         )
     comparison = _compare(found.runs, found.notes)
     if any(run.history for run in found.runs):

@@ -52,9 +52,7 @@ class Compared:
         return {
             f"held-out {self.measure} before": _shown(self.before, self.before_interval),
             f"held-out {self.measure} after": _shown(self.after, self.after_interval),
-            f"  gain in {self.measure}": [
-                "-" if gain is None else _signed(gain.interval) for gain in self.gain
-            ],
+            f"  gain in {self.measure}": gains,
         }
 
     def lines(self, labels: Sequence[str]) -> list[str]:
