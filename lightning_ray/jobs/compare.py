@@ -151,30 +151,28 @@ def _print(comparison: _Comparison) -> None:
     for name, run, typed in zip(labels, comparison.runs, comparison.typed, strict=True):
         revision = f"commit {run.revision}" if run.revision else ""
         words = [name, run.name, run.status.lower(), typed, revision]
-        console.print("  ".join(word for word in words if word), markup=False)
+        print("  ".join(word for word in words if word))
         if run.missing:
-            console.print(f"   lacks {', '.join(run.missing)}", markup=False)
+            print(f"   lacks {', '.join(run.missing)}")
     for note in comparison.notes:
-        console.print(f"note: {note}", markup=False)
-    console.print()
+        print(f"note: {note}")
+    print()
     if comparison.configuration:
         console.print(configuration_table(comparison.configuration, labels))
     else:
-        console.print("the configurations are the same")
-    console.print()
+        print("the configurations are the same")
+    print()
     first = {words: shown for row in comparison.heldout for words, shown in row.rows().items()}
     console.print(figures_table(comparison.figures, labels, first))
-    console.print()
+    print()
     for row in comparison.heldout:
         for line in row.lines(labels):
-            console.print(line, markup=False)
+            print(line)
     for name, versions in zip(labels, comparison.versions, strict=True):
         for lineage in versions:
-            console.print(f"versions of {name}: {lineage.words()}", markup=False)
+            print(f"versions of {name}: {lineage.words()}")
     if comparison.picture is not None:
-        console.print(
-            f"learning curves   {_short(comparison.picture)}", markup=False, soft_wrap=True
-        )
+        print(f"learning curves   {_short(comparison.picture)}")
 
 
 def _log(comparison: _Comparison) -> None:

@@ -73,6 +73,20 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
         raise UserError(f"{_one_line(error)}; use a list, choice(), range() or glob()") from error
 
 
+def override_value(overrides: Sequence[str], key: str) -> Any:
+    """What the last of the overrides sets `key` to, quotes and escapes resolved; None if none does.
+
+    Raises UserError when it cannot be read.
+    """
+    words = [word for word in overrides if word.lstrip("+").partition("=")[0] == key]
+    if not words:
+        return None
+    try:
+        return OverridesParser.create().parse_override(words[-1]).value()
+    except OverrideParseException as error:
+        raise _unreadable(error) from error
+
+
 def _check_words(overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, _ = override.partition("=")

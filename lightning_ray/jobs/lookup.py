@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.errors import UserError
+from lightning_ray.jobs.compose import override_value
 from lightning_ray.jobs.sweep_folder import SweepFolder, settings
 from lightning_ray.tracking import RecordedRun, find_mlflow_run, read_run, read_summary
 from lightning_ray.tracking.comparing import HELDOUT
@@ -62,8 +63,9 @@ def read_run_folder(path: Path, uri: str | None = None) -> RecordedRun:
     folder itself holds.
     """
     folder = RunFolder(path.absolute())
-    overrides = settings(folder.overrides())
-    store = uri or overrides.get("tracking.uri") or default_uri(folder.path.parent)
+    overrides = folder.overrides()
+    typed = override_value(overrides, "tracking.uri")
+    store = uri or typed or default_uri(folder.path.parent)
     run_id = folder.facts().get("mlflow_run_id")
     # A database is not made by looking into it.
     if run_id is not None and _is_there(store):
@@ -71,7 +73,7 @@ def read_run_folder(path: Path, uri: str | None = None) -> RecordedRun:
         run = find_mlflow_run(client, run_id)
         if run is not None:
             return read_run(client, store, run, folder.path)
-    return _from_folder(folder, store, overrides)
+    return _from_folder(folder, store, settings(overrides))
 
 
 def _run(word: str, output_dir: Path, uri: str | None) -> RecordedRun:

@@ -9,6 +9,7 @@ stopped anywhere can be gone on with and starts no child twice.
 """
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from lightning_ray.tracking import write_json
 from lightning_ray.tracking.redaction import masked
 
 _FILE = "sweep.json"
+_ESCAPED = re.compile(r"\\(.)")
 
 
 class ChildStatus(StrEnum):
@@ -156,9 +158,9 @@ class SweepFolder:
 
 
 def settings(overrides: Sequence[str]) -> dict[str, str]:
-    """Overrides by key; the last of a key counts, as in Hydra."""
+    """Overrides by key, as Hydra writes them less its escapes; the last of a key counts."""
     parts = (word.partition("=") for word in overrides)
-    return {key: value for key, _, value in parts}
+    return {key: _ESCAPED.sub(r"\1", value) for key, _, value in parts}
 
 
 def swept_keys(children: Sequence[Sequence[str]]) -> list[str]:
@@ -175,6 +177,7 @@ def chosen(overrides: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
 
 
 def label(overrides: Sequence[str], keys: Sequence[str]) -> str:
-    """The same in a few words, each key by its last part."""
-    values = chosen(overrides, keys).items()
+    """The same in a few words, each key by its last part; keys that are not set are left out."""
+    typed = settings(overrides)
+    values = chosen(overrides, [key for key in keys if key in typed]).items()
     return ", ".join(f"{key.lstrip('+~').rpartition('.')[2]}={value}" for key, value in values)

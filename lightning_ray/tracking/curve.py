@@ -4,6 +4,7 @@ Invariant: nothing here needs a display or touches matplotlib's global state; a 
 a figure of its own and saved.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _DASHES = ("-", "--", ":")
 # What fits under one plot: of tick labels side by side, and of the legend.
 _TICK_CHARACTERS = 30
+_TICK_LENGTH = 16
 _LEGEND_CHARACTERS = 28
 _INK = "#2b2f36"
 _FAINT = "#8b929c"
@@ -83,9 +85,12 @@ def plot_learning_curves(
     if heldout:
         _before_and_after(plots[-1], histories, list(colours.values()))
         _finish(plots[-1], "held-out, before and after", legend=False)
-        plots[-1].set_xticks(range(len(histories)), list(histories))
+        ticks = list(histories)
         if longest * len(histories) > _TICK_CHARACTERS:
+            # The legend has them whole.
+            ticks = [textwrap.shorten(label, _TICK_LENGTH, placeholder="...") for label in ticks]
             plots[-1].tick_params(axis="x", labelrotation=90)
+        plots[-1].set_xticks(range(len(histories)), ticks)
         plots[-1].set_xlim(-0.6, len(histories) - 0.4)
         plots[-1].set_xlabel("run", color=_INK)
     for axes in plots[1:]:
