@@ -43,8 +43,12 @@ def find_runs(words: Sequence[str], output_dir: Path, uri: str | None) -> Found:
     for word in words:
         sweep = SweepFolder.find(output_dir, word)
         if sweep is None:
-            found.add(_run(word, output_dir, uri))
-            continue
+            run = _run(word, output_dir, uri)
+            # Called by its MLflow id, a sweep is found as a run.
+            sweep = SweepFolder.find(output_dir, run.name)
+            if sweep is None:
+                found.add(run)
+                continue
         root = sweep.path.parent
         for child in sweep.children:
             if child.run is None or not (root / child.run).is_dir():

@@ -248,6 +248,9 @@ def test_a_sweep_stands_for_its_runs(root: Path, capsys: pytest.CaptureFixture[s
     found, out = compare(root, capsys, sweep.sweep_id)
     assert [run["typed"] for run in found["runs"]] == ["seed=0", "seed=1"]
     assert "child 3 (seed=2) has not begun" in out
+    parent = TrackedRun.start(TrackingConfig(), root, sweep.sweep_id)
+    parent.finish()
+    assert compare(root, capsys, parent.run_id)[0]["runs"] == found["runs"]
 
 
 def test_a_run_is_found_by_its_mlflow_id_and_counts_once(
