@@ -142,15 +142,14 @@ def _run_child(
         relay.join(_RELAY_TIMEOUT_S)
     except KeyboardInterrupt:
         child.status = ChildStatus.STOPPED
+        raise
+    finally:
         with _deaf():
             if process is not None:
                 _stop(process)
                 _close_record(run, tracked, process.returncode)
-        raise
-    finally:
-        child.process = None
-        folder.save()
-    _close_record(run, tracked, code)
+            child.process = None
+            folder.save()
     child.status = {0: ChildStatus.FINISHED, 130: ChildStatus.STOPPED}.get(code, ChildStatus.FAILED)
     if child.status is ChildStatus.FAILED:
         ended = f"killed by signal {-code}" if code < 0 else f"ended with status {code}"
@@ -168,6 +167,9 @@ def _relay(stream: IO[str], said: list[str]) -> None:
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:
+    """Ends a child, unless it has ended."""
+    if process.poll() is not None:
+        return
     # To a job the same as Ctrl-C, and heard also by a process that was started deaf to it.
     process.terminate()
     try:
