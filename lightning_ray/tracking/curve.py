@@ -4,7 +4,6 @@ Invariant: nothing here needs a display or touches matplotlib's global state; a 
 a figure of its own and saved.
 """
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _DASHES = ("-", "--", ":")
 # What fits under one plot: of tick labels side by side, and of the legend.
 _TICK_CHARACTERS = 30
-_TICK_LENGTH = 16
 _LEGEND_CHARACTERS = 28
 _INK = "#2b2f36"
 _FAINT = "#8b929c"
@@ -73,11 +71,13 @@ def plot_learning_curves(
     ]
     heldout = any(HELDOUT in row for rows in histories.values() for row in rows)
     count = max(1, len(drawn) + heldout)
-    figure = _figure(1.2 + 2.9 * count, 3.4)
+    longest = max(map(len, histories), default=0)
+    columns = max(1, min(len(histories), _LEGEND_CHARACTERS * count // max(1, longest)))
+    legend_rows = -(-len(histories) // columns)
+    figure = _figure(1.2 + 2.9 * count, 3.2 + 0.22 * legend_rows)
     plots = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     colours = dict(zip(histories, _cycle(len(histories)), strict=True))
     dashes = {label: _DASHES[at // len(_COLOURS) % 3] for at, label in enumerate(histories)}
-    longest = max(map(len, histories), default=0)
     for axes, name in zip(plots, drawn, strict=False):
         for label, rows in histories.items():
             _line(axes, rows, name, colours[label], label=label, dashes=dashes[label])
@@ -85,21 +85,17 @@ def plot_learning_curves(
     if heldout:
         _before_and_after(plots[-1], histories, list(colours.values()))
         _finish(plots[-1], "held-out, before and after", legend=False)
-        ticks = list(histories)
-        if longest * len(histories) > _TICK_CHARACTERS:
-            # The legend has them whole.
-            ticks = [textwrap.shorten(label, _TICK_LENGTH, placeholder="...") for label in ticks]
-            plots[-1].tick_params(axis="x", labelrotation=90)
+        fits = longest * len(histories) <= _TICK_CHARACTERS
+        ticks = list(histories) if fits else [str(at + 1) for at in range(len(histories))]
         plots[-1].set_xticks(range(len(histories)), ticks)
         plots[-1].set_xlim(-0.6, len(histories) - 0.4)
-        plots[-1].set_xlabel("run", color=_INK)
+        plots[-1].set_xlabel("run" if fits else "run, in the legend's order", color=_INK)
     for axes in plots[1:]:
         axes.set_ylabel("")
     handles = [
         plots[0].plot([], [], dashes[label], color=colour, linewidth=2.2, label=label)[0]
         for label, colour in colours.items()
     ]
-    columns = max(1, min(len(handles), _LEGEND_CHARACTERS * count // max(1, longest)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     if title:
         figure.suptitle(title, color=_INK, fontsize=12, fontweight="bold")
