@@ -28,6 +28,15 @@ COMMANDS = {
         (
             ("experiment=NAME [KEY=VALUE ...]", "train an agent; Hydra overrides as usual"),
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
+            ("--multirun KEY=A,B [KEY=VALUE ...]", "a sweep: a run for each combination"),
+            ("--multirun resume=SWEEP", "go on with a sweep's unfinished runs"),
+        ),
+    ),
+    "compare": Command(
+        "compare",
+        (
+            ("RUN RUN [RUN ...]", "what differs between runs, in figures and in a picture"),
+            ("SWEEP", "the same of a sweep's runs; also --json FILE --picture FILE --no-log"),
         ),
     ),
     "serve": Command(

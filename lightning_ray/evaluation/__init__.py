@@ -7,15 +7,27 @@ Invariant: an infrastructure fault is not a zero. It is left out of every mean, 
 """
 
 from lightning_ray.evaluation.config import EvaluationConfig, check_evaluation
+from lightning_ray.evaluation.difference import (
+    Difference,
+    TaskScores,
+    heldout_scores,
+    paired,
+    unpaired,
+)
 from lightning_ray.evaluation.measures import Interval, completion_quality, paired_difference
 from lightning_ray.evaluation.report import HeldoutReport, write_report
 
 __all__ = [
+    "Difference",
     "EvaluationConfig",
     "HeldoutReport",
     "Interval",
+    "TaskScores",
     "check_evaluation",
     "completion_quality",
+    "heldout_scores",
+    "paired",
     "paired_difference",
+    "unpaired",
     "write_report",
 ]

@@ -3,6 +3,7 @@
     lightning-ray train experiment=calculator
     lightning-ray train experiment=calculator algorithm.group_size=4 training.steps=10
     lightning-ray train resume=RUN            # go on from the last checkpoint
+    lightning-ray train --multirun experiment=calculator seed=0,1,2   # a sweep, see jobs/sweep.py
 
 The run's folder holds everything: spans, versions, checkpoints, the curve, summary.json.
 """
@@ -20,6 +21,7 @@ from lightning_ray.errors import UserError
 from lightning_ray.evaluation import HeldoutReport, write_report
 from lightning_ray.gateway import choose_port, upstream_answerer
 from lightning_ray.jobs.compose import compose_config, resolved
+from lightning_ray.jobs.sweep import is_multirun, sweep
 from lightning_ray.learner import check_model_dir
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.policies.models import resolve_model
@@ -37,8 +39,20 @@ from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, che
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs or resumes a training job. Raises UserError for what the user can mend."""
+    """Runs or resumes a training job or a sweep. Raises UserError for what the user can mend."""
+    if is_multirun(arguments):
+        sweep("train", arguments, _check_child)
+        return
     config, folder, overrides = _configure(arguments)
+    tasks, heldout, base = _check(config)
+    resuming = folder is not None
+    if folder is None:
+        folder = RunFolder.create(Path(config.output_dir), config.name, overrides)
+    _train(config, folder, tasks, heldout, base, resuming)
+
+
+def _check(config: TrainConfig) -> tuple[list[Task], list[Task], Path]:
+    """All that can be wrong, before anything starts; the tasks, the held-out tasks, the model."""
     check_train(config)
     _settle_paths(config.agent)
     tasks, heldout = _load_tasks(config)
@@ -51,10 +65,14 @@ def main(arguments: Sequence[str]) -> None:
         else:
             resolve_model(policy.model)
     check_model_dir(base)
-    resuming = folder is not None
-    if folder is None:
-        folder = RunFolder.create(Path(config.output_dir), config.name, overrides)
-    _train(config, folder, tasks, heldout, base, resuming)
+    return tasks, heldout, base
+
+
+def _check_child(overrides: Sequence[str]) -> TrainConfig:
+    """The checked configuration of a sweep's child."""
+    config = compose_config("train", TrainConfig, overrides)
+    _check(config)
+    return config
 
 
 def check(arguments: Sequence[str]) -> None:
@@ -92,9 +110,13 @@ def _train(
     with progress:
         progress.note(f"run {folder.run_id} in {folder.path}")
         tracked = TrackedRun.start(
-            config.tracking, root, folder.run_id, resume=facts.get("mlflow_run_id")
+            config.tracking,
+            root,
+            folder.run_id,
+            resume=facts.get("mlflow_run_id"),
+            tags=facts.get("tags"),
         )
-        folder.write_facts({"mlflow_run_id": tracked.run_id, "base_model": str(base)})
+        folder.write_facts({**facts, "mlflow_run_id": tracked.run_id, "base_model": str(base)})
         tracked.log_config(resolved(config))
         uri = config.tracking.uri or default_uri(root)
         registry = PolicyRegistry(uri, config.policy.name, tracked.run_id)
