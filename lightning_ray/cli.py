@@ -30,6 +30,20 @@ COMMANDS = {
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
         ),
     ),
+    "evaluate": Command(
+        "evaluate",
+        (
+            ("run=RUN [version=N] [against=M] [KEY=VALUE ...]", "a version on held-out tasks"),
+            (
+                "experiment=NAME [policy.model=FOLDER] [against=FOLDER] [KEY=VALUE ...]",
+                "a model on held-out tasks, or two on the same",
+            ),
+            (
+                'spans=RUN|FOLDER [where="SQL"] [against=RUN|FOLDER] [KEY=VALUE ...]',
+                "the operator's measures over recorded spans",
+            ),
+        ),
+    ),
 }
 
 

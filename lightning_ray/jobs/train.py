@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs or resumes a training job. Raises UserError for what the user can mend."""
     config, folder, overrides = _configure(arguments)
     check_train(config)
-    _settle_paths(config.agent)
+    settle_paths(config.agent)
     tasks, heldout = _load_tasks(config)
     check_agent(config.agent, [*tasks, *heldout])
     choose_port(config.gateway)
@@ -199,7 +199,7 @@ def _configure(arguments: Sequence[str]) -> tuple[TrainConfig, RunFolder | None,
     return config, folder, overrides
 
 
-def _settle_paths(agent: AgentConfig) -> None:
+def settle_paths(agent: AgentConfig) -> None:
     """Makes the agent's paths absolute: workers run in folders of their own."""
     agent.cwd = str(Path(agent.cwd or ".").absolute())
     file, colon, function = agent.grader.rpartition(":")
