@@ -6,7 +6,7 @@ outcomes and settings.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation.config import REWARD_PREFIX, EvaluationConfig
@@ -112,10 +112,11 @@ def _tool_discipline(
         )
 
     def measured() -> Interval | str:
-        calls = sum(outcome.tool_calls for outcome in outcomes)
+        calls = [(o.tool_calls_ok, o.tool_calls) for o in outcomes if o.tool_calls]
         if not calls:
             return "no tool_call spans"
-        return share(sum(outcome.tool_calls_ok for outcome in outcomes), calls)
+        good, made = zip(*calls, strict=True)
+        return _wider(share(sum(good), sum(made)), good, made)
 
     definition = "share of tool calls whose span has status ok: well formed, and it succeeded"
     return _measure("tool_discipline", definition, "share", True, measured)
@@ -191,8 +192,28 @@ def _resolved(outcome: Outcome, config: EvaluationConfig) -> bool:
 
 
 def _mean(outcomes: Sequence[Outcome], name: str) -> Interval | str:
-    values = rewards(outcomes, name)
-    return completion_quality(values) if values else "no reward spans"
+    tasks: dict[tuple[str, str], list[float]] = {}
+    for outcome in outcomes:
+        if name in outcome.rewards:
+            key = (outcome.task_id or outcome.rollout_id, outcome.task)
+            tasks.setdefault(key, []).append(outcome.rewards[name])
+    if not tasks:
+        return "no reward spans"
+    interval = completion_quality(rewards(outcomes, name))
+    return _wider(interval, [sum(v) for v in tasks.values()], [len(v) for v in tasks.values()])
+
+
+def _wider(interval: Interval, sums: Sequence[float], counts: Sequence[int]) -> Interval:
+    """`interval`, or the bootstrap over groups with these sums and counts where that is wider.
+
+    Samples of one task, and calls of one rollout, resemble each other: fewer of them are news than
+    their number says.
+    """
+    if max(counts) == 1 or len(counts) == 1:
+        return interval
+    grouped = ratio(sums, counts)
+    low, high = min(interval.low, grouped.low), max(interval.high, grouped.high)
+    return replace(interval, low=low, high=high)
 
 
 def _measure(

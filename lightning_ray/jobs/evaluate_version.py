@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_ray.agents import Task, check_agent, load_tasks
 from lightning_ray.errors import UserError
-from lightning_ray.evaluation import GateConfig, Side, check_gate, evaluate, read_outcomes
+from lightning_ray.evaluation import GateConfig, Side, check_gate, evaluate
 from lightning_ray.gateway import choose_port
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.evaluate_results import JOB, JOB_TAG, end_by_gates, leave_results
@@ -28,6 +28,7 @@ from lightning_ray.training import Parts, RunFolder, TrainConfig, check_train
 from lightning_ray.training.rolling import (
     came_to_reward,
     note_failures,
+    outcomes_of,
     rollout_specs,
     run_rollouts,
     why_not,
@@ -145,13 +146,7 @@ def _score(
     note_failures(records, progress)
     if not any(came_to_reward(record) for record in records):
         raise UserError(f"no rollout came to a reward; the first: {why_not(records[0])}")
-    spans = parts.store.get([attempt for record in records for attempt, _ in record.attempts])
-    outcomes = read_outcomes(
-        spans,
-        rollback_words=config.evaluation.measures.rollback_words,
-        rollout_ids=[spec.rollout_id for spec in specs],
-    )
-    side = Side(version.label, outcomes)
+    side = Side(version.label, outcomes_of(records, parts.store, config.evaluation))
     quality = evaluate(side, None, config.evaluation, GateConfig()).subject.measures[0].interval
     metrics = {"version": float(version.number)}
     if quality is not None:

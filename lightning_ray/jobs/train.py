@@ -17,7 +17,13 @@ from typing import Any
 from lightning_ray.agents import AgentConfig, Task, check_agent, load_tasks
 from lightning_ray.cluster import Connection
 from lightning_ray.errors import UserError
-from lightning_ray.evaluation import HeldoutReport, write_report
+from lightning_ray.evaluation import (
+    GateConfig,
+    HeldoutReport,
+    evaluate,
+    write_evaluation,
+    write_report,
+)
 from lightning_ray.gateway import choose_port
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.learner import check_model_dir
@@ -88,7 +94,7 @@ def _train(
                 config, folder, parts, tracked, registry, progress, tasks, heldout, base
             )
             _start(parts, conductor, folder, base, checkpoint)
-            _run(conductor, folder, tracked, base, uri)
+            _run(conductor, config, folder, tracked, base, uri)
             status = RunStatus.FINISHED
         except KeyboardInterrupt:
             status = RunStatus.KILLED
@@ -125,7 +131,12 @@ def _start(
 
 
 def _run(
-    conductor: Conductor, folder: RunFolder, tracked: TrackedRun, base: Path, uri: str
+    conductor: Conductor,
+    config: TrainConfig,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    base: Path,
+    uri: str,
 ) -> None:
     """Score, train, score again, and leave the results."""
     state = conductor.state
@@ -163,7 +174,23 @@ def _run(
         ),
     )
     tracked.log_artifact(folder.summary)
+    if after is not None:
+        _leave_measures(conductor, config, folder, tracked)
     conductor.say_results(before_mean, after_mean, model, ui_command(uri), tracked.url_fragment)
+
+
+def _leave_measures(
+    conductor: Conductor, config: TrainConfig, folder: RunFolder, tracked: TrackedRun
+) -> None:
+    """The operator's measures of the last version, against the first where this process saw it."""
+    subject = conductor.scored[-1]
+    against = conductor.scored[0] if len(conductor.scored) > 1 else None
+    evaluation = evaluate(subject, against, config.evaluation, GateConfig())
+    about = {"run": folder.run_id, "version": conductor.state.version}
+    for path in write_evaluation(
+        folder.path, evaluation, subject, against, config.evaluation, about
+    ):
+        tracked.log_artifact(path)
 
 
 def _leave_pictures(

@@ -19,7 +19,7 @@ import ray
 from lightning_ray.agents import Task
 from lightning_ray.algorithms import make_algorithm
 from lightning_ray.errors import InfrastructureError, UserError
-from lightning_ray.evaluation import HeldoutReport
+from lightning_ray.evaluation import HeldoutReport, Side
 from lightning_ray.learner import StepReport, read_state
 from lightning_ray.policies import PolicyRegistry, PolicyVersion, prune
 from lightning_ray.rollouts import RolloutRecord
@@ -32,6 +32,7 @@ from lightning_ray.training.parts import Parts
 from lightning_ray.training.rolling import (
     came_to_reward,
     note_failures,
+    outcomes_of,
     rollout_specs,
     run_rollouts,
     why_not,
@@ -70,6 +71,8 @@ class Conductor:
         self._base = base
         self._algorithm = make_algorithm(config.algorithm)
         self.state = RunState()
+        self.scored: list[Side] = []
+        """What `evaluate` saw since this process began, oldest first."""
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
         self._session = secrets.token_hex(3)
 
@@ -118,6 +121,9 @@ class Conductor:
             raise UserError(
                 f"no held-out rollout came to a reward; the first: {why_not(records[0])}"
             )
+        label = f"{self._folder.run_id} version {self.state.version}"
+        outcomes = outcomes_of(records, self._parts.store, self._config.evaluation)
+        self.scored.append(Side(label, outcomes))
         return HeldoutReport.from_rewards(
             [r.outcome.rewards if came_to_reward(r) and r.outcome else None for r in records],
             policy=self._config.policy.name,

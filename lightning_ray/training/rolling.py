@@ -5,7 +5,9 @@ import time
 from collections.abc import Sequence
 
 from lightning_ray.agents import Task
+from lightning_ray.evaluation import EvaluationConfig, Outcome, read_outcomes
 from lightning_ray.rollouts import QueueClient, RolloutRecord, RolloutSpec, RolloutStatus
+from lightning_ray.spans import SpanClient
 from lightning_ray.tracking import Progress
 from lightning_ray.training.config import TrainConfig
 
@@ -58,6 +60,18 @@ def run_rollouts(
             break
     queue.forget(ids)
     return records
+
+
+def outcomes_of(
+    records: Sequence[RolloutRecord], store: SpanClient, config: EvaluationConfig
+) -> list[Outcome]:
+    """What the spans say of rollouts that have ended, in the order of `records`."""
+    attempts = [attempt_id for record in records for attempt_id, _ in record.attempts]
+    return read_outcomes(
+        store.get(attempts),
+        rollback_words=config.measures.rollback_words,
+        rollout_ids=[record.spec.rollout_id for record in records],
+    )
 
 
 def came_to_reward(record: RolloutRecord) -> bool:

@@ -53,6 +53,23 @@ def test_completion_quality_leaves_faults_out() -> None:
     assert value(rows, "completion_quality") == 0.75
 
 
+def test_samples_of_one_task_do_not_make_the_interval_narrower() -> None:
+    def width(samples: int) -> float:
+        rows = [
+            row
+            for task in range(12)
+            for sample in range(samples)
+            for row in attempt(f"{task}-{sample}/1", f"t{task}", {"reward": float(task % 2)})
+        ]
+        interval = card(rows).measure("completion_quality").interval
+        assert interval is not None and interval.n == 12 * samples
+        return interval.high - interval.low
+
+    # Every sample of a task is the same: twelve tasks are all that is known.
+    assert width(10) > 0.9 * width(1)
+    assert 0.45 < width(1) < 0.55
+
+
 def test_tool_discipline_is_the_share_of_calls_that_succeeded() -> None:
     tool = SpanKind.TOOL_CALL
     rows = [
