@@ -34,14 +34,8 @@ COMMANDS = {
         "evaluate",
         (
             ("run=RUN [version=N] [against=M] [KEY=VALUE ...]", "a version on held-out tasks"),
-            (
-                "experiment=NAME [policy.model=FOLDER] [against=FOLDER] [KEY=VALUE ...]",
-                "a model on held-out tasks, or two on the same",
-            ),
-            (
-                'spans=RUN|FOLDER [where="SQL"] [against=RUN|FOLDER] [KEY=VALUE ...]',
-                "the operator's measures over recorded spans",
-            ),
+            ("experiment=NAME [against=FOLDER] [KEY=VALUE ...]", "policy.model on held-out tasks"),
+            ('spans=RUN [where="SQL"] [against=RUN] [...]', "the measures over recorded spans"),
         ),
     ),
 }

@@ -199,10 +199,12 @@ def _costs(ask: Query) -> Fields:
                 CASE WHEN coalesce(try_cast(attributes->>'$.choice' AS BIGINT), 0) > 0 THEN 0
                 ELSE coalesce(
                     try_cast(attributes->>'$.prompt_tokens' AS BIGINT),
+                    try_cast(attributes->>'$.usage.input_tokens' AS BIGINT),
                     try_cast(attributes->>'$."gen_ai.usage.input_tokens"' AS BIGINT)
                 ) END AS input,
                 coalesce(
                     len(logprobs),
+                    try_cast(attributes->>'$.usage.output_tokens' AS BIGINT),
                     try_cast(attributes->>'$."gen_ai.usage.output_tokens"' AS BIGINT)
                 ) AS output
             FROM spans

@@ -1,14 +1,17 @@
 """The door: one Ray Serve application that every agent speaks to.
 
-It finds out who is calling (the capability in the path), which policy answers (the model name), and
-passes bytes to an engine and back. Replies are not parsed or rebuilt: what the agent reads is what
-the engine's own handler wrote. An attempt's calls stay on one engine, for its prefix cache.
+It finds out who is calling (the capability in the path), which policy answers (the role that the
+request matches), and passes bytes to an engine or an upstream and back. Replies are not rebuilt:
+what the agent reads is what the engine's own handler wrote. A request is passed on as it came,
+unless a prompt version takes the place of its system prompt or an upstream wants another model
+name. An attempt's calls stay on one engine, for its prefix cache.
 """
 
 import asyncio
+import json
 import logging
-import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -17,10 +20,20 @@ from ray import serve
 from ray.actor import ActorHandle
 from starlette.responses import Response, StreamingResponse
 
+from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
-from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, requested_model
+from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
+from lightning_ray.gateway.roles import Role, describe
+from lightning_ray.gateway.system_prompt import apply_prompt
+from lightning_ray.gateway.upstream import (
+    UpstreamCall,
+    upstream_body,
+    upstream_headers,
+    upstream_url,
+)
 from lightning_ray.inference import Attribution, attribution_headers
 from lightning_ray.rollouts import Identity
+from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +71,27 @@ class _Refusal(Exception):
 # Serve pickles the class where it is decorated, so what its methods use stands above it.
 
 
-async def _relay(reply: aiohttp.ClientResponse) -> Response:
-    headers = {
+@dataclass(frozen=True)
+class _Call:
+    """A request that may be passed on."""
+
+    path: str
+    content: bytes
+    body: dict[str, Any]
+    by: Attribution
+    answerer: Answerer
+
+
+def _reply_headers(reply: aiohttp.ClientResponse) -> dict[str, str]:
+    return {
         name.lower(): value
         for name, value in reply.headers.items()
         if name.lower() not in _DROPPED and name.lower() != "server"
     }
+
+
+async def _relay(reply: aiohttp.ClientResponse) -> Response:
+    headers = _reply_headers(reply)
     if "content-length" in reply.headers:
         async with reply:
             return Response(await reply.read(), reply.status, headers)
@@ -82,17 +110,50 @@ def _error(path: str, status: int, message: str) -> Response:
     return Response(error_body(path, status, message), status, headers)
 
 
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        return parse_body(content)
+    except ValueError as error:
+        raise _Refusal(400, f"the body cannot be read: {error}") from error
+
+
+def _request_headers(request: Request) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in request.headers.items()
+        if name not in _DROPPED and not name.startswith(_OURS)
+    }
+
+
+def _with_prompt(
+    path: str, content: bytes, body: dict[str, Any], role: Role, identity: Identity
+) -> tuple[bytes, str]:
+    """The request with the prompt version that is under test, and that version's label."""
+    for prompt in identity.prompts:
+        if prompt.name == role.policy and (changed := apply_prompt(path, body, prompt)) is not None:
+            return json.dumps(changed).encode(), prompt.label
+    return content, ""
+
+
 @serve.deployment(max_ongoing_requests=4096)
 @serve.ingress(app)
 class Gateway:
     """A replica of the door."""
 
-    def __init__(self, config: GatewayConfig, queue: ActorHandle, urls: list[str], key: str):
-        """`queue` knows which capabilities are live; `urls` and `key` reach the engines."""
+    def __init__(
+        self,
+        config: GatewayConfig,
+        queue: ActorHandle,
+        roles: Sequence[Role],
+        answerers: Sequence[Answerer],
+        spans: SpanClient,
+    ):
+        """`queue` knows which capabilities are live; `spans` takes what upstreams answer."""
         self._config = config
         self._queue = queue
-        self._urls = urls
-        self._key = key
+        self._roles = tuple(roles)
+        self._answerers = {answerer.policy: answerer for answerer in answerers}
+        self._spans = spans
         self._session: aiohttp.ClientSession | None = None
 
     @app.api_route("/a/{capability}/{path:path}", methods=["GET", "POST"])
@@ -118,22 +179,67 @@ class Gateway:
         allowed = CALLS if request.method == "POST" else LISTINGS
         if path not in allowed:
             raise _Refusal(404, f"{request.method} {path} is not served here")
-        body = await self._body(request)
-        role = self._role(body) if request.method == "POST" else ""
-        attribution = Attribution(
-            identity.run_id, identity.rollout_id, identity.attempt_id, role, path
+        content = await self._body(request)
+        if request.method == "GET":
+            return await self._list(path, request, identity)
+        body = _parsed(content)
+        role = self._role(path, body, request)
+        content, prompt = _with_prompt(path, content, body, role, identity)
+        call = _Call(
+            path,
+            content,
+            body,
+            Attribution(
+                identity.run_id, identity.rollout_id, identity.attempt_id, role.name, path, prompt
+            ),
+            self._answerers[role.policy],
         )
-        headers = {
-            name: value
-            for name, value in request.headers.items()
-            if name not in _DROPPED and not name.startswith(_OURS)
-        }
-        headers |= attribution_headers(self._key, attribution)
-        url = self._urls[zlib.crc32(identity.rollout_id.encode()) % len(self._urls)] + path
+        if call.answerer.upstream is not None:
+            return await self._ask_upstream(call, request)
+        headers = _request_headers(request)
+        headers |= attribution_headers(call.answerer.key, call.by)
+        url = call.answerer.url_for(identity.rollout_id) + path
         reply = await self._client().request(
-            request.method, url, params=request.query_params, data=body or None, headers=headers
+            "POST", url, params=request.query_params, data=content or None, headers=headers
         )
         return await _relay(reply)
+
+    async def _list(self, path: str, request: Request, identity: Identity) -> Response:
+        """The models that may be asked for: as the one engine says, or our own list of several."""
+        (only, *others) = self._answerers.values()
+        if not others and only.upstream is None:
+            by = Attribution(identity.run_id, identity.rollout_id, identity.attempt_id, "", path)
+            headers = _request_headers(request) | attribution_headers(only.key, by)
+            url = only.url_for(identity.rollout_id) + path
+            return await _relay(await self._client().request("GET", url, headers=headers))
+        names = dict.fromkeys(role.model for role in self._roles)
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "lightning-ray"}
+            for name in names
+        ]
+        return Response(
+            json.dumps({"object": "list", "data": models}), media_type="application/json"
+        )
+
+    async def _ask_upstream(self, call: _Call, request: Request) -> Response:
+        upstream = call.answerer.upstream
+        assert upstream is not None
+        # Parsed again where a prompt was put in: what is recorded is what was asked.
+        body = upstream_body(upstream, _parsed(call.content))
+        headers = _request_headers(request) | upstream_headers(upstream, call.path)
+        asked = UpstreamCall(self._spans, upstream, call.answerer.policy, call.by, body)
+        reply = await self._client().request(
+            "POST",
+            upstream_url(upstream, call.path),
+            params=request.query_params,
+            data=json.dumps(body).encode(),
+            headers=headers,
+        )
+        passed = _reply_headers(reply)
+        if "text/event-stream" in reply.headers.get("content-type", ""):
+            return StreamingResponse(asked.stream(reply), reply.status, passed)
+        async with reply:
+            return Response(await asked.whole(reply), reply.status, passed)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.max_body_bytes
@@ -146,15 +252,16 @@ class Gateway:
             parts.append(part)
         return b"".join(parts)
 
-    def _role(self, body: bytes) -> str:
-        try:
-            model = requested_model(body)
-        except ValueError as error:
-            raise _Refusal(400, f"the body cannot be read: {error}") from error
-        if model not in self._config.models:
-            names = ", ".join(self._config.models)
-            raise _Refusal(404, f"no model {model!r} here; the models are: {names}")
-        return model
+    def _role(self, path: str, body: dict[str, Any], request: Request) -> Role:
+        for role in self._roles:
+            if role.matches(path, body, request.headers):
+                return role
+        model = body.get("model")
+        same = [role for role in self._roles if role.model == model]
+        if same:
+            raise _Refusal(404, f"no role matches this request; the roles are: {describe(same)}")
+        names = ", ".join(dict.fromkeys(role.model for role in self._roles))
+        raise _Refusal(404, f"no model {model!r} here; the models are: {names}")
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:

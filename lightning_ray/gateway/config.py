@@ -6,6 +6,20 @@ from lightning_ray.errors import UserError
 
 
 @dataclass
+class RoleConfig:
+    """One part that an agent's system plays, and which policy answers it."""
+
+    policy: str = ""
+    """Name of the policy; empty is the trained one."""
+    model: str = ""
+    """The model name that it asks for."""
+    system: str | None = None
+    """Regular expression found in its system prompt; tells apart roles that ask for one name."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Request headers that it sends, each with its exact value."""
+
+
+@dataclass
 class GatewayConfig:
     """The one HTTP door."""
 
@@ -19,6 +33,8 @@ class GatewayConfig:
     """Processors that Ray sets aside for one replica."""
     models: list[str] = field(default_factory=lambda: ["gpt-4o-mini"])
     """Model names that agents ask for; each is answered by the trained policy."""
+    roles: dict[str, RoleConfig] = field(default_factory=dict)
+    """Roles by name, for agents that ask several policies; in place of `models`."""
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body, bytes."""
     call_timeout_s: float = 300.0
@@ -31,7 +47,7 @@ def check_gateway(config: GatewayConfig) -> None:
         raise UserError(f"gateway.port={config.port}: must be 0 (any free port) to 65535")
     if config.num_replicas < 1:
         raise UserError(f"gateway.num_replicas={config.num_replicas}: must be at least 1")
-    if not config.models:
+    if not config.models and not config.roles:
         raise UserError("gateway.models is empty: list the model names that the agent asks for")
     if config.call_timeout_s <= 0 or config.max_body_bytes < 1:
         raise UserError("gateway.call_timeout_s and gateway.max_body_bytes must be above 0")

@@ -14,10 +14,10 @@ from typing import Any
 from lightning_ray.agents import Task, check_agent, load_tasks
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import GateConfig, Side, check_gate, evaluate
-from lightning_ray.gateway import choose_port
+from lightning_ray.gateway import choose_port, upstream_answerer
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.evaluate_results import JOB, JOB_TAG, end_by_gates, leave_results
-from lightning_ray.jobs.running import running_parts
+from lightning_ray.jobs.session import session
 from lightning_ray.jobs.train import settle_paths
 from lightning_ray.policies import PolicyRegistry, PolicyVersion
 from lightning_ray.policies.models import resolve_model
@@ -25,13 +25,13 @@ from lightning_ray.policies.registry import Weights
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Parts, RunFolder, TrainConfig, check_train
+from lightning_ray.training.rehearsal import why
 from lightning_ray.training.rolling import (
     came_to_reward,
     note_failures,
     outcomes_of,
     rollout_specs,
     run_rollouts,
-    why_not,
 )
 
 # What must be equal for engines to take on other weights without a restart.
@@ -69,7 +69,6 @@ def evaluate_version(words: Mapping[str, str], overrides: Sequence[str]) -> None
         config, subject, against = _of_run(words, overrides)
     else:
         config, subject, against = _of_models(words, overrides)
-    check_train(config)
     check_gate(config.gate, against is not None)
     if config.evaluation.tasks is None:
         raise UserError("evaluation.tasks: no held-out tasks to run; evaluation.tasks=FILE.jsonl")
@@ -79,6 +78,11 @@ def evaluate_version(words: Mapping[str, str], overrides: Sequence[str]) -> None
     tasks = load_tasks(config.evaluation.tasks)
     check_agent(config.agent, tasks)
     choose_port(config.gateway)
+    for policy in config.policies.values():
+        if policy.is_upstream:
+            upstream_answerer(policy)
+        elif not policy.train:
+            resolve_model(policy.model)
     folder = RunFolder.create(Path(config.output_dir), f"{config.name}-evaluate", overrides)
     folder.write_facts({"job": JOB})
     about = _about(words, config, subject, against, len(tasks))
@@ -107,7 +111,8 @@ def _run(
         tracked = TrackedRun.start(config.tracking, root, folder.run_id, tags={JOB_TAG: JOB})
         folder.write_facts({"job": JOB, "mlflow_run_id": tracked.run_id})
         tracked.log_config(resolved(config) | {"about": dict(about)})
-        with running_parts(config, folder, subject.path, progress, tracked) as parts:
+        parts = Parts(config, folder, subject.path, progress)
+        with session(config, parts, tracked, progress, "the same command again"):
             parts.start(subject.path, subject.number, learn=False)
             sides = []
             for place, version in enumerate(versions):
@@ -145,7 +150,7 @@ def _score(
         records = run_rollouts(parts.queue, specs, config.rollouts.batch_timeout_s, progress)
     note_failures(records, progress)
     if not any(came_to_reward(record) for record in records):
-        raise UserError(f"no rollout came to a reward; the first: {why_not(records[0])}")
+        raise UserError(f"no rollout came to a reward; the first: {why(records[0])}")
     side = Side(version.label, outcomes_of(records, parts.store, config.evaluation))
     quality = evaluate(side, None, config.evaluation, GateConfig()).subject.measures[0].interval
     metrics = {"version": float(version.number)}
@@ -162,6 +167,8 @@ def _of_run(
     roots = [o.removeprefix("output_dir=") for o in overrides if o.startswith("output_dir=")]
     folder = RunFolder.find(Path(roots[-1] if roots else "outputs"), words["run"], "run")
     config = compose_config("train", EvaluateConfig, [*folder.overrides(), *overrides])
+    # Settles which policy is the trained one.
+    check_train(config)
     # Beside the run, wherever the command is typed.
     config.output_dir = str(folder.path.parent)
     mlflow_run = folder.facts().get("mlflow_run_id")
@@ -219,6 +226,7 @@ def _of_models(
     if "version" in words:
         raise UserError(f"version={words['version']}: of which run? add run=RUN")
     config = compose_config("train", EvaluateConfig, overrides)
+    check_train(config)
     model = config.policy.model
     subject = Version(model, 0, resolve_model(model))
     if (name := words.get("against")) is None:

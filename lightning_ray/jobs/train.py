@@ -24,7 +24,7 @@ from lightning_ray.evaluation import (
     write_evaluation,
     write_report,
 )
-from lightning_ray.gateway import choose_port
+from lightning_ray.gateway import choose_port, upstream_answerer
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.learner import check_model_dir
 from lightning_ray.policies import PolicyRegistry
@@ -51,6 +51,11 @@ def main(arguments: Sequence[str]) -> None:
     check_agent(config.agent, [*tasks, *heldout])
     choose_port(config.gateway)
     base = resolve_model(config.policy.model)
+    for policy in config.policies.values():
+        if policy.is_upstream:
+            upstream_answerer(policy)
+        else:
+            resolve_model(policy.model)
     check_model_dir(base)
     resuming = folder is not None
     if folder is None:
@@ -140,6 +145,8 @@ def _run(
 ) -> None:
     """Score, train, score again, and leave the results."""
     state = conductor.state
+    if state.step == 0:
+        conductor.rehearse()
     if state.step == 0 and (before := conductor.evaluate()) is not None:
         state.heldout_before = asdict(before)
         tracked.log_metrics(_metrics(before), 0)

@@ -5,8 +5,17 @@ not know how a version was made. The application side and the learning side both
 imports neither.
 """
 
-from lightning_ray.policies.config import PolicyConfig
+from lightning_ray.policies.config import PolicyConfig, UpstreamConfig, settle_policies
+from lightning_ray.policies.prompts import PromptVersion
 from lightning_ray.policies.registry import PolicyRegistry, PolicyVersion
 from lightning_ray.policies.retention import prune
 
-__all__ = ["PolicyConfig", "PolicyRegistry", "PolicyVersion", "prune"]
+__all__ = [
+    "PolicyConfig",
+    "PolicyRegistry",
+    "PolicyVersion",
+    "PromptVersion",
+    "UpstreamConfig",
+    "prune",
+    "settle_policies",
+]

@@ -20,6 +20,7 @@ from lightning_ray.agents import Task
 from lightning_ray.algorithms import make_algorithm
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.evaluation import HeldoutReport, Side
+from lightning_ray.gateway import make_roles
 from lightning_ray.learner import StepReport, read_state
 from lightning_ray.policies import PolicyRegistry, PolicyVersion, prune
 from lightning_ray.rollouts import RolloutRecord
@@ -29,13 +30,13 @@ from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
+from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
 from lightning_ray.training.rolling import (
     came_to_reward,
     note_failures,
     outcomes_of,
     rollout_specs,
     run_rollouts,
-    why_not,
 )
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.state import RunState
@@ -70,6 +71,7 @@ class Conductor:
         self._heldout = list(heldout)
         self._base = base
         self._algorithm = make_algorithm(config.algorithm)
+        self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
         self.scored: list[Side] = []
         """What `evaluate` saw since this process began, oldest first."""
@@ -85,6 +87,16 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
+
+    def rehearse(self) -> None:
+        """Tries a few tasks before the run begins. Raises UserError for what cannot work."""
+        with self._progress.phase("rehearsing", slow=True):
+            tasks = self._order.take(0, REHEARSED_TASKS)
+            records = self._rollouts("rehearsal", tasks, 1)
+        spans = self._parts.store.get([r.attempt_id for r in records if r.attempts])
+        note = check_rehearsal(records, spans, self._roles, self._config.policy.name)
+        if note is not None:
+            self._progress.note(note)
 
     def train(self) -> None:
         """Trains up to `training.steps`, and leaves a checkpoint of the end.
@@ -118,9 +130,7 @@ class Conductor:
             records = self._rollouts(prefix, self._heldout, samples)
         note_failures(records, self._progress)
         if not any(came_to_reward(record) for record in records):
-            raise UserError(
-                f"no held-out rollout came to a reward; the first: {why_not(records[0])}"
-            )
+            raise UserError(f"no held-out rollout came to a reward; the first: {why(records[0])}")
         label = f"{self._folder.run_id} version {self.state.version}"
         outcomes = outcomes_of(records, self._parts.store, self._config.evaluation)
         self.scored.append(Side(label, outcomes))
@@ -152,6 +162,8 @@ class Conductor:
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
+        if len(batch.report.empty) == batch.report.attempts:
+            raise no_call_for(config.policy.name, self._roles)
         with self._progress.phase("learn") as learning:
             report = self._learn(sequences, batch)
         trained_from = self.state.version
@@ -268,7 +280,7 @@ class Conductor:
         usable = sum(came_to_reward(record) for record in records)
         note_failures(records, self._progress)
         if usable < self._config.training.min_usable * len(records):
-            reason = next((why_not(record) for record in records if not came_to_reward(record)), "")
+            reason = next((why(record) for record in records if not came_to_reward(record)), "")
             raise UserError(
                 f"only {usable} of {len(records)} rollouts of step {self.state.step + 1} came to a "
                 f"reward (training.min_usable={self._config.training.min_usable}); "

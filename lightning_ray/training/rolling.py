@@ -10,6 +10,7 @@ from lightning_ray.rollouts import QueueClient, RolloutRecord, RolloutSpec, Roll
 from lightning_ray.spans import SpanClient
 from lightning_ray.tracking import Progress
 from lightning_ray.training.config import TrainConfig
+from lightning_ray.training.rehearsal import why
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +80,10 @@ def came_to_reward(record: RolloutRecord) -> bool:
     return record.status is RolloutStatus.SUCCEEDED
 
 
-def why_not(record: RolloutRecord) -> str:
-    """Why a rollout came to no reward: its last attempt's status and the end of its stderr."""
-    if record.outcome is None:
-        return f"{record.spec.rollout_id}: {record.status.value}"
-    error = " | ".join(line for line in record.outcome.error.splitlines() if line.strip())
-    tail = error if len(error) <= 400 else error[:120] + " ... " + error[-270:]
-    return f"{record.spec.rollout_id} ({record.outcome.status.value}): {tail}"
-
-
 def note_failures(records: Sequence[RolloutRecord], progress: Progress) -> None:
     """Says how many rollouts came to no reward, and why the first did not."""
     failed = [record for record in records if not came_to_reward(record)]
     if failed:
         progress.note(
-            f"{len(failed)} of {len(records)} rollouts left out; the first: {why_not(failed[0])}"
+            f"{len(failed)} of {len(records)} rollouts left out; the first: {why(failed[0])}"
         )

@@ -149,9 +149,15 @@ def test_telemetry_gives_tokens_under_its_own_names() -> None:
     rows = [
         make(SpanKind.MODEL_CALL, "chat", policy="api", attributes=usage),
         make(SpanKind.MODEL_CALL, "chat", policy="api"),
+        make(
+            SpanKind.MODEL_CALL,
+            "chat",
+            policy="upstream",
+            attributes={"usage": {"input_tokens": 5, "output_tokens": 2}, "cost_usd": None},
+        ),
     ]
     (found,) = read_outcomes(table(rows))
-    assert found.usage == (Usage("api", 7, 3, 1),)
+    assert found.usage == (Usage("api", 7, 3, 1), Usage("upstream", 5, 2, 0))
 
 
 def test_a_rollback_is_known_by_a_word_of_its_name() -> None:

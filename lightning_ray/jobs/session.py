@@ -1,34 +1,33 @@
-"""The parts of a job while it runs, and their end, whatever the job came to.
+"""The time in which a job's parts run: Ray comes up before, and nothing is left behind after.
 
-Invariant: no process outlives the job, and its MLflow run says how it ended.
+Invariant: however a job ends, what it started is stopped once and whole, its MLflow run says how it
+ended, and the person is told how to go on.
 """
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from lightning_ray.cluster import Connection
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.tracking.mlflow_run import RunStatus
-from lightning_ray.training import Parts, RunFolder, TrainConfig
+from lightning_ray.training import Parts, TrainConfig
 
 
 @contextmanager
-def running_parts(
-    config: TrainConfig, folder: RunFolder, base: Path, progress: Progress, tracked: TrackedRun
-) -> Iterator[Parts]:
-    """Connects to Ray; on leaving, stops the parts and finishes `tracked`.
+def session(
+    config: TrainConfig, parts: Parts, tracked: TrackedRun, progress: Progress, again: str
+) -> Iterator[None]:
+    """Ray is up inside; afterwards the parts are stopped and the MLflow run is closed.
 
-    The caller starts the parts. Raises UserError where there is no cluster at the address.
+    `again` is the command that goes on with the job, told when it did not finish.
     """
-    connection = Connection(config.cluster)
-    parts = Parts(config, folder, base, progress)
     status = RunStatus.FAILED
+    connection = Connection(config.cluster)
     try:
         with progress.phase("starting Ray", slow=True):
             connection.__enter__()
-        yield parts
+        yield
         status = RunStatus.FINISHED
     except KeyboardInterrupt:
         status = RunStatus.KILLED
@@ -48,3 +47,5 @@ def running_parts(
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        if status is not RunStatus.FINISHED:
+            progress.note(f"to go on: {again}")
