@@ -64,6 +64,14 @@ COMMANDS = {
             ("ls | status JOB | logs JOB [-f] | stop JOB", "look after submitted jobs"),
         ),
     ),
+    "evaluate": Command(
+        "evaluate",
+        (
+            ("run=RUN [version=N] [against=M] [KEY=VALUE ...]", "a version on held-out tasks"),
+            ("experiment=NAME [against=FOLDER] [KEY=VALUE ...]", "policy.model on held-out tasks"),
+            ('spans=RUN [where="SQL"] [against=RUN] [...]', "the measures over recorded spans"),
+        ),
+    ),
 }
 
 

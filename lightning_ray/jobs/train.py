@@ -18,7 +18,13 @@ from typing import Any
 from lightning_ray.agents import AgentConfig, Task, check_agent, load_tasks
 from lightning_ray.cluster import Connection
 from lightning_ray.errors import UserError
-from lightning_ray.evaluation import HeldoutReport, write_report
+from lightning_ray.evaluation import (
+    GateConfig,
+    HeldoutReport,
+    evaluate,
+    write_evaluation,
+    write_report,
+)
 from lightning_ray.gateway import choose_port, upstream_answerer
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.sweep import is_multirun, sweep
@@ -54,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
 def _check(config: TrainConfig) -> tuple[list[Task], list[Task], Path]:
     """All that can be wrong, before anything starts; the tasks, the held-out tasks, the model."""
     check_train(config)
-    _settle_paths(config.agent)
+    settle_paths(config.agent)
     tasks, heldout = _load_tasks(config)
     check_agent(config.agent, [*tasks, *heldout])
     choose_port(config.gateway)
@@ -130,7 +136,7 @@ def _train(
                 config, folder, parts, tracked, registry, progress, tasks, heldout, base
             )
             _start(parts, conductor, folder, base, checkpoint)
-            _run(conductor, folder, tracked, base, uri)
+            _run(conductor, config, folder, tracked, base, uri)
             status = RunStatus.FINISHED
         except KeyboardInterrupt:
             status = RunStatus.KILLED
@@ -167,7 +173,12 @@ def _start(
 
 
 def _run(
-    conductor: Conductor, folder: RunFolder, tracked: TrackedRun, base: Path, uri: str
+    conductor: Conductor,
+    config: TrainConfig,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    base: Path,
+    uri: str,
 ) -> None:
     """Score, train, score again, and leave the results."""
     state = conductor.state
@@ -207,7 +218,23 @@ def _run(
         ),
     )
     tracked.log_artifact(folder.summary)
+    if after is not None:
+        _leave_measures(conductor, config, folder, tracked)
     conductor.say_results(before_mean, after_mean, model, ui_command(uri), tracked.url_fragment)
+
+
+def _leave_measures(
+    conductor: Conductor, config: TrainConfig, folder: RunFolder, tracked: TrackedRun
+) -> None:
+    """The operator's measures of the last version, against the first where this process saw it."""
+    subject = conductor.scored[-1]
+    against = conductor.scored[0] if len(conductor.scored) > 1 else None
+    evaluation = evaluate(subject, against, config.evaluation, GateConfig())
+    about = {"run": folder.run_id, "version": conductor.state.version}
+    for path in write_evaluation(
+        folder.path, evaluation, subject, against, config.evaluation, about
+    ):
+        tracked.log_artifact(path)
 
 
 def _leave_pictures(
@@ -243,7 +270,7 @@ def _configure(arguments: Sequence[str]) -> tuple[TrainConfig, RunFolder | None,
     return config, folder, overrides
 
 
-def _settle_paths(agent: AgentConfig) -> None:
+def settle_paths(agent: AgentConfig) -> None:
     """Makes the agent's paths absolute: workers run in folders of their own."""
     agent.cwd = str(Path(agent.cwd or ".").absolute())
     file, colon, function = agent.grader.rpartition(":")

@@ -9,7 +9,6 @@ Invariants: a version is never overwritten; a checkpoint holds weights, optimise
 one moment, so a resumed run continues step count, versions and the order of tasks.
 """
 
-import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -20,11 +19,11 @@ import ray
 from lightning_ray.agents import Task
 from lightning_ray.algorithms import make_algorithm
 from lightning_ray.errors import InfrastructureError, UserError
-from lightning_ray.evaluation import HeldoutReport
+from lightning_ray.evaluation import HeldoutReport, Side
 from lightning_ray.gateway import make_roles
 from lightning_ray.learner import StepReport, read_state
 from lightning_ray.policies import PolicyRegistry, PolicyVersion, Releases, prune
-from lightning_ray.rollouts import RolloutRecord, RolloutSpec, RolloutStatus
+from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
 from lightning_ray.training.config import TrainConfig
@@ -32,10 +31,15 @@ from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
+from lightning_ray.training.rolling import (
+    came_to_reward,
+    note_failures,
+    outcomes_of,
+    rollout_specs,
+    run_rollouts,
+)
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.state import RunState
-
-log = logging.getLogger(__name__)
 
 PUBLISH_TIMEOUT_S = 300.0
 CHECKPOINT_TIMEOUT_S = 900.0
@@ -69,6 +73,8 @@ class Conductor:
         self._algorithm = make_algorithm(config.algorithm)
         self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
+        self.scored: list[Side] = []
+        """What `evaluate` saw since this process began, oldest first."""
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
         self._session = secrets.token_hex(3)
 
@@ -122,11 +128,14 @@ class Conductor:
             # Named after the step: the spans of two evaluations must not meet in one attempt.
             prefix = f"heldout-s{self.state.step:05d}"
             records = self._rollouts(prefix, self._heldout, samples)
-        self._warn_of_failures(records)
-        if not any(_graded(record) for record in records):
+        note_failures(records, self._progress)
+        if not any(came_to_reward(record) for record in records):
             raise UserError(f"no held-out rollout came to a reward; the first: {why(records[0])}")
+        label = f"{self._folder.run_id} version {self.state.version}"
+        outcomes = outcomes_of(records, self._parts.store, self._config.evaluation)
+        self.scored.append(Side(label, outcomes))
         return HeldoutReport.from_rewards(
-            [r.outcome.rewards if _graded(r) and r.outcome else None for r in records],
+            [r.outcome.rewards if came_to_reward(r) and r.outcome else None for r in records],
             policy=self._config.policy.name,
             version=self.state.version,
             step=self.state.step,
@@ -188,37 +197,9 @@ class Conductor:
 
     def _rollouts(self, prefix: str, tasks: Sequence[Task], samples: int) -> list[RolloutRecord]:
         """Runs `samples` rollouts of each task; returns their records in order, all ended."""
-        config = self._config
-        specs = [
-            RolloutSpec(
-                rollout_id=f"{prefix}-{self._session}-{place:04d}-{sample:02d}",
-                task_id=task.id,
-                task=task.data,
-                timeout_s=config.agent.timeout_s,
-                max_attempts=config.rollouts.max_attempts,
-                group_id=f"{prefix}-{place:04d}",
-            )
-            for place, task in enumerate(tasks)
-            for sample in range(samples)
-        ]
-        ids = [spec.rollout_id for spec in specs]
-        self._progress.update(queue=len(ids))
-        self._parts.queue.enqueue(specs)
-        deadline = time.monotonic() + config.rollouts.batch_timeout_s
-        while True:
-            # In slices, so that the panel shows the queue and Ctrl-C is heard.
-            records = self._parts.queue.wait(ids, min(2.0, config.rollouts.batch_timeout_s))
-            counts = self._parts.queue.counts()
-            self._progress.update(queue=counts.queued, running=counts.running)
-            if len(records) == len(ids):
-                break
-            if time.monotonic() > deadline:
-                self._parts.queue.cancel(ids)
-                records = self._parts.queue.wait(ids, 10.0)
-                log.warning("cancelled what was unfinished of %s", prefix)
-                break
-        self._parts.queue.forget(ids)
-        return records
+        specs = rollout_specs(prefix, self._session, tasks, samples, self._config)
+        limit = self._config.rollouts.batch_timeout_s
+        return run_rollouts(self._parts.queue, specs, limit, self._progress)
 
     def _batch(self, records: Sequence[RolloutRecord]) -> tuple["ray.ObjectRef", Batch]:
         """The step's batch: a reference to its sequences, and what is known of them."""
@@ -299,21 +280,14 @@ class Conductor:
         )
 
     def _require_usable(self, records: Sequence[RolloutRecord]) -> None:
-        usable = sum(_graded(record) for record in records)
-        self._warn_of_failures(records)
+        usable = sum(came_to_reward(record) for record in records)
+        note_failures(records, self._progress)
         if usable < self._config.training.min_usable * len(records):
-            reason = next((why(record) for record in records if not _graded(record)), "")
+            reason = next((why(record) for record in records if not came_to_reward(record)), "")
             raise UserError(
                 f"only {usable} of {len(records)} rollouts of step {self.state.step + 1} came to a "
                 f"reward (training.min_usable={self._config.training.min_usable}); "
                 f"the first that did not: {reason}"
-            )
-
-    def _warn_of_failures(self, records: Sequence[RolloutRecord]) -> None:
-        failed = [record for record in records if not _graded(record)]
-        if failed:
-            self._progress.note(
-                f"{len(failed)} of {len(records)} rollouts left out; the first: {why(failed[0])}"
             )
 
     def _samples(
@@ -339,7 +313,3 @@ class Conductor:
             "tokens_computed": float(report.computed_tokens),
             "learning_rate": report.learning_rate,
         }
-
-
-def _graded(record: RolloutRecord) -> bool:
-    return record.status is RolloutStatus.SUCCEEDED

@@ -58,14 +58,26 @@ class RunFolder:
         return folder
 
     @classmethod
-    def find(cls, output_dir: Path, run: str) -> "RunFolder":
-        """The folder of an earlier run, by its id or path. Raises UserError when there is none."""
+    def find(cls, output_dir: Path, run: str, word: str = "resume") -> "RunFolder":
+        """The folder of an earlier run that made versions, by its id or path, typed as `word=RUN`.
+
+        Raises UserError when there is none.
+        """
         for candidate in (output_dir / run, Path(run)):
             if (candidate / "overrides.json").is_file():
-                return cls(candidate.absolute())
-        known = sorted(p.parent.name for p in output_dir.glob("*/overrides.json"))
+                found = cls(candidate.absolute())
+                if found.evaluates:
+                    raise UserError(f"{word}={run}: an evaluation, which made no version")
+                return found
+        folders = [cls(p.parent) for p in output_dir.glob("*/overrides.json")]
+        known = sorted(folder.run_id for folder in folders if not folder.evaluates)
         there = f"the runs there are: {', '.join(known[-5:])}" if known else "there are none there"
-        raise UserError(f"resume={run}: no such run in {output_dir}; {there}")
+        raise UserError(f"{word}={run}: no such run in {output_dir}; {there}")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is the run of an evaluation."""
+        return self.facts().get("job") == "evaluate"
 
     def overrides(self) -> list[str]:
         """What was typed when the run was begun."""

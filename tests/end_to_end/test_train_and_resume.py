@@ -1,4 +1,4 @@
-"""The main job on the real stack: trained a few steps, stopped by Ctrl-C, and resumed.
+"""The main job on the real stack: trained a few steps, stopped by Ctrl-C, resumed, and evaluated.
 
 One run serves all tests of this file: Ray, Ray Serve, vLLM, DeepSpeed, MLflow and the real model.
 """
@@ -6,6 +6,7 @@ One run serves all tests of this file: Ray, Ray Serve, vLLM, DeepSpeed, MLflow a
 import json
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ def test_mlflow_holds_config_metrics_and_pictures(story):
     assert {m.step for m in client.get_metric_history(summary.mlflow_run_id, "reward")} >= {3, 4}
     names = {item.path for item in client.list_artifacts(summary.mlflow_run_id)}
     assert {"config.yaml", "learning_curve.png", "summary.json", "trajectories.html"} <= names
+    assert {"evaluation.json", "evaluation.html"} <= names
     page = (story.folder / "trajectories.html").read_text()
     assert "calc" in page
 
@@ -166,6 +168,78 @@ def test_shared_prefix_is_computed_once(story):
     for row in summary.extra["history"]:
         if "tokens_batch" in row:
             assert row["tokens_computed"] < 0.6 * row["tokens_batch"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(cli, story) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The run's last version against its base, on the run's own held-out tasks."""
+    done = cli.run(
+        "evaluate",
+        f"run={story.folder}",
+        "against=0",
+        "gate.max_failed=0",
+        # After four steps no version is perfect.
+        "gate.min_completion=1",
+        timeout=600,
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    (folder,) = story.folder.parent.glob("calculator-evaluate-*")
+    return folder, done
+
+
+def test_evaluation_runs_each_task_on_both_versions(story, evaluated):
+    folder, done = evaluated
+    last = read_summary(story.folder / "summary.json").extra["version"]
+    assert "DeepSpeed" not in done.stdout
+    sampled: dict[str, set[int]] = {}
+    tasks: dict[str, list[str]] = {}
+    for row in _spans(folder):
+        prefix = row["rollout_id"].split("-")[0]
+        if row["kind"] == "model_call":
+            sampled.setdefault(prefix, set()).add(row["version"])
+        if row["kind"] == "resource":
+            tasks.setdefault(prefix, []).append(json.loads(row["attributes"])["task_id"])
+    assert sampled == {f"v{last:05d}": {last}, "v00000": {0}}
+    expected = [f"heldout-{number:04d}" for number in range(16)]
+    assert {prefix: sorted(ids) for prefix, ids in tasks.items()} == dict.fromkeys(
+        sampled, expected
+    )
+
+
+def test_evaluation_reports_measures_pairs_and_gates(story, evaluated):
+    folder, done = evaluated
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["about"]["version"] == read_summary(story.folder / "summary.json").extra["version"]
+    for side in (found["subject"], found["against"]):
+        assert (side["rollouts"], side["failed"]) == (16, 0)
+        assert 0 <= side["measures"]["completion_quality"]["value"] < 1
+        assert side["measures"]["tool_discipline"]["not_measurable"] == "no tool_call spans"
+    compared = found["comparison"]
+    assert compared["wins"] + compared["ties"] + compared["losses"] == 16
+    means = [
+        side["measures"]["completion_quality"]["value"]
+        for side in (found["subject"], found["against"])
+    ]
+    assert compared["difference"]["mean"] == pytest.approx(means[0] - means[1])
+    gates = {gate["name"]: gate["passed"] for gate in found["gates"]}
+    assert gates == {"max_failed": True, "min_completion": False}
+    assert done.stderr.startswith("gate failed: min_completion=1: completion quality")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_evaluation_is_an_mlflow_run_of_its_own(story, evaluated):
+    folder, _ = evaluated
+    client = MlflowClient(f"sqlite:///{story.folder.parent}/mlflow.db")
+    run = client.get_run(json.loads((folder / "run.json").read_text())["mlflow_run_id"])
+    assert run.info.run_id != read_summary(story.folder / "summary.json").mlflow_run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["lightning_ray.job"] == "evaluate"
+    found = json.loads((folder / "evaluation.json").read_text())
+    quality = found["subject"]["measures"]["completion_quality"]["value"]
+    assert run.data.metrics["completion_quality"] == pytest.approx(quality)
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "evaluation.json", "evaluation.html"} <= names
+    assert "heldout-0" in (folder / "evaluation.html").read_text()
 
 
 def _spans(folder: Path) -> list[dict]:
