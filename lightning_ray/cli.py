@@ -30,6 +30,16 @@ COMMANDS = {
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
         ),
     ),
+    "spans": Command(
+        "spans",
+        (
+            (
+                "check RUN [heldout=FILE] [hygiene.CHECK=POLICY ...] [--strict] [--json FILE]",
+                "what is wrong with a run's spans; status 3 where it must not be",
+            ),
+            ('sql RUN "SELECT ... FROM spans" [--csv FILE] [--parquet FILE]', "ask its spans"),
+        ),
+    ),
 }
 
 

@@ -28,10 +28,13 @@ from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
 from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
+from lightning_ray.training.hygiene_log import HygieneLog
+from lightning_ray.training.names import MEASURING, rollout_id
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.state import RunState
+from lightning_ray.trajectories import task_keys
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ class Conductor:
         self._order = TaskOrder(tasks, config.training.seed)
         self._heldout = list(heldout)
         self._base = base
+        self._heldout_keys = task_keys((task.id, task.data) for task in heldout)
+        self._hygiene = HygieneLog(folder.hygiene, config.hygiene)
         self._algorithm = make_algorithm(config.algorithm)
         self.state = RunState()
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
@@ -78,12 +83,13 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
+        self._hygiene.restore(self.state.step)
 
     def train(self) -> None:
         """Trains up to `training.steps`, and leaves a checkpoint of the end.
 
         Raises InfrastructureError when a part is lost, UserError when too few rollouts come to a
-        reward; the last checkpoint stays usable.
+        reward or a hygiene check says to stop; the last checkpoint stays usable.
         """
         if self.state.step == 0:
             self._register(0, self._base, None, 0, "base model")
@@ -107,7 +113,7 @@ class Conductor:
         with self._progress.phase(f"scoring version {self.state.version}", slow=True):
             samples = self._config.evaluation.samples_per_task
             # Named after the step: the spans of two evaluations must not meet in one attempt.
-            prefix = f"heldout-s{self.state.step:05d}"
+            prefix = f"{MEASURING}-s{self.state.step:05d}"
             records = self._rollouts(prefix, self._heldout, samples)
         self._warn_of_failures(records)
         if not any(_graded(record) for record in records):
@@ -140,6 +146,7 @@ class Conductor:
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
+        self._heed(step, batch)
         with self._progress.phase("learn") as learning:
             report = self._learn(sequences, batch)
         trained_from = self.state.version
@@ -156,6 +163,7 @@ class Conductor:
         metrics: dict[str, float] = {
             **batch.rewards,
             **self._learner_metrics(report),
+            **batch.hygiene.metrics(),
             "version": float(self.state.version),
             "staleness": float(trained_from - oldest),
             "groups_used": float(batch.used_groups),
@@ -176,7 +184,7 @@ class Conductor:
         config = self._config
         specs = [
             RolloutSpec(
-                rollout_id=f"{prefix}-{self._session}-{place:04d}-{sample:02d}",
+                rollout_id=rollout_id(prefix, self._session, place, sample),
                 task_id=task.id,
                 task=task.data,
                 timeout_s=config.agent.timeout_s,
@@ -216,6 +224,8 @@ class Conductor:
             self._parts.store.read(ended),
             self._algorithm,
             self._config.policy.name,
+            self._config.hygiene,
+            self._heldout_keys or None,
         )
         try:
             return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)
@@ -226,8 +236,17 @@ class Conductor:
         except ray.exceptions.RayTaskError as error:
             raise InfrastructureError(f"the step's batch was not built: {error.cause}") from error
 
+    def _heed(self, step: int, batch: Batch) -> None:
+        """Records what the checks found. Raises UserError when one of them says to stop."""
+        for line in self._hygiene.add(step, batch.hygiene, self.state.history):
+            self._progress.note(line)
+        if (reason := batch.hygiene.why_stopped(f"in step {step}")) is not None:
+            self._tracked.log_metrics(batch.hygiene.metrics(), step)
+            self._tracked.log_artifact(self._folder.hygiene)
+            raise UserError(reason)
+
     def _learn(self, sequences: "ray.ObjectRef", batch: Batch) -> StepReport | None:
-        """One learner step; None when no group of the batch had any contrast."""
+        """One learner step; None when nothing is left of the batch to learn from."""
         if batch.rows == 0:
             self._progress.note("no group had any contrast: nothing to learn in this step")
             return None

@@ -16,6 +16,7 @@ from lightning_ray.policies import PolicyConfig
 from lightning_ray.rollouts import RolloutsConfig, check_rollouts
 from lightning_ray.spans import SpansConfig, check_spans
 from lightning_ray.tracking import TrackingConfig
+from lightning_ray.trajectories import HygieneConfig, check_hygiene
 
 
 @dataclass
@@ -58,6 +59,7 @@ class TrainConfig:
     rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     spans: SpansConfig = field(default_factory=SpansConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    hygiene: HygieneConfig = field(default_factory=HygieneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -90,5 +92,6 @@ def check_train(config: TrainConfig) -> None:
     check_rollouts(config.rollouts)
     check_spans(config.spans)
     check_gateway(config.gateway)
+    check_hygiene(config.hygiene)
     check_evaluation(config.evaluation)
     check_cluster(config.cluster)
