@@ -224,9 +224,9 @@ def _parse(
         name, equals, value = word.partition("=")
         if word == switch:
             switched = True
-        elif name in files:
+        elif name in files:  # --json FILE or --json=FILE
             file = value if equals else next(rest, "")
-            if not file:
+            if not file or file.startswith("--") or "=" in file:
                 raise UserError(f"{name} needs a file: {name} FILE")
             options[name] = Path(file)
         elif word.startswith("--"):
