@@ -115,7 +115,7 @@ def spans_folder(output_dir: Path, run: str) -> Path:
         if any(candidate.glob("*.arrows")):
             return candidate
     known = sorted(path.parent.name for path in output_dir.glob("*/spans"))
-    there = f"the runs there are: {', '.join(known[-5:])}" if known else "there are none there"
+    there = f"the runs there are: {', '.join(known[-5:])}" if known else "no run is there"
     raise UserError(
         f"{run}: no run in {output_dir} and no folder of spans; {there}; another folder of runs is "
         "output_dir=FOLDER"
@@ -150,7 +150,7 @@ def _show(
     for check in Check:
         policy = report.policies[check].value
         if check not in report.counts:
-            why = "" if policy == "off" else "needs heldout=FILE, and tasks in the spans"
+            why = "" if policy == "off" else "not checked: needs heldout=FILE and recorded tasks"
             table.add_row(check.value, policy, "-", why)
             continue
         count = report.counts[check]
