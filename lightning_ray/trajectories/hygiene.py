@@ -42,10 +42,9 @@ def distinct_spans(spans: pa.Table, config: HygieneConfig) -> tuple[pa.Table, li
     """
     if config.duplicate_spans is HygienePolicy.off or spans.num_rows == 0:
         return spans, []
-    codes = spans["span_id"].combine_chunks().dictionary_encode()
-    if isinstance(codes, pa.ChunkedArray):
-        codes = codes.unify_dictionaries().combine_chunks()
-    _, first = np.unique(codes.indices.to_numpy(), return_index=True)
+    # A group by that keeps the first place of each id.
+    places = pa.table({"id": spans["span_id"], "place": np.arange(spans.num_rows)})
+    first = places.group_by("id").aggregate([("place", "min")])["place_min"].to_numpy()
     if len(first) == spans.num_rows:
         return spans, []
     repeated = np.setdiff1d(np.arange(spans.num_rows), first)
@@ -91,10 +90,8 @@ def inspect(
     if heldout is None:
         report.counts.pop(Check.LEAKAGE, None)
     report.add(repeated, config.offenders)
-    known = {facts.attempt_id: facts for facts in attempts}
-    spans = spans.filter(
-        pc.is_in(spans["attempt_id"], value_set=pa.array(list(known), pa.string()))
-    )
+    known = pa.array([facts.attempt_id for facts in attempts], pa.string())
+    spans = spans.filter(pc.is_in(spans["attempt_id"], value_set=known))
     calls = spans.filter(pc.equal(spans["kind"], SpanKind.MODEL_CALL.value))
     rewards = _rewards(spans)
     ended_well = [facts for facts in attempts if facts.status is None or facts.succeeded]
@@ -260,7 +257,7 @@ def _contradiction(
     if len({status for _, status in ends}) > 1:
         return f"it ended {' and '.join(sorted({status for _, status in ends}))}"
     for span_status, status in ends:
-        if (span_status == SpanStatus.OK) != (status == SUCCEEDED):
+        if status and (span_status == SpanStatus.OK) != (status == SUCCEEDED):
             return f"its end is recorded as {span_status} and as {status}"
     if facts.succeeded and facts.error.strip():
         return f"it succeeded, yet with the error {' '.join(facts.error.split())[:200]!r}"
