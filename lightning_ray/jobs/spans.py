@@ -90,7 +90,10 @@ def _check(arguments: Sequence[str]) -> None:
     if (path := options.get("--json")) is not None:
         write_json(path, _as_json(folder, spans, report, attempts))
         print(f"written to {path}")
-    if report.stopping() or (strict and any(report.counts.values())):
+    found = [check for check, count in report.counts.items() if count]
+    refused = found if strict else report.stopping()
+    if refused:
+        print(f"must not be there: {', '.join(check.value for check in refused)}")
         raise SystemExit(FOUND)
 
 

@@ -110,12 +110,12 @@ def test_findings_are_counted_and_named(clean: Path, spoil, tmp_path: Path, caps
 
 def test_status_3_says_that_something_must_not_be_there(clean: Path, spoil, cli) -> None:
     spoil(GOOD, finish_reason="length")
-    where = [str(clean)]
-    assert cli.run("spans", "check", *where).returncode == 0
-    assert cli.run("spans", "check", *where, "--strict").returncode == 3
-    assert cli.run("spans", "check", *where, "hygiene.cut_traces=stop").returncode == 3
-    off = cli.run("spans", "check", *where, "hygiene.cut_traces=off", "--strict")
-    assert off.returncode == 0, off.stdout + off.stderr
+    main(["check", str(clean)])
+    assert cli.run("spans", "check", str(clean), "--strict").returncode == 3
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(clean), "hygiene.cut_traces=stop"])
+    assert ended.value.code == 3
+    main(["check", str(clean), "hygiene.cut_traces=off", "--strict"])
 
 
 def test_a_held_out_task_that_was_trained_on(clean: Path, tmp_path: Path, capsys) -> None:
