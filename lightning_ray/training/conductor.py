@@ -28,7 +28,7 @@ from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
 from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
-from lightning_ray.training.hygiene_log import HygieneLog
+from lightning_ray.training.hygiene_log import HygieneLog, totals
 from lightning_ray.training.names import MEASURING, rollout_id
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
@@ -132,6 +132,8 @@ class Conductor:
         say = self._progress.note
         if before is not None and after is not None:
             say(f"held-out score {before:.3f} before, {after:.3f} after")
+        found = [f"{count} {name}" for name, count in totals(self.state.history).items() if count]
+        say(f"data checks found {', '.join(found) or 'nothing'}: {self._folder.hygiene}")
         say(f"learning curve    {self._folder.curve}")
         say(f"trained model     {model}")
         say(f"summary           {self._folder.summary}")

@@ -204,6 +204,7 @@ def test_the_checks_of_every_step_are_in_the_run(story):
     for name in ("inexact_tokens", "empty_traces", "missing_rewards", "contradictory_rewards"):
         assert totals[name] == 0
     assert totals["leakage"] == totals["duplicate_spans"] == totals["duplicate_tasks"] == 0
+    assert f"{2 * GROUP} infrastructure_faults" in story.second_output
     client = MlflowClient(f"sqlite:///{story.folder.parent}/mlflow.db")
     for name in totals:
         logged = client.get_metric_history(summary.mlflow_run_id, f"hygiene_{name}")
