@@ -23,6 +23,7 @@ from lightning_ray.trajectories import (
     build_sequences,
     distinct_spans,
     inspect,
+    recorded_errors,
     trainable_counts,
     with_advantages,
 )
@@ -63,10 +64,10 @@ def make_batch(
 
     Returns the sequences (SEQUENCE_SCHEMA) of the groups to learn from, and what is known of them.
 
-    `records` are the step's rollouts, ended; `spans` holds the spans of their latest attempts. Only
-    a rollout that succeeded is used: a crash or a timeout is no reward of zero. `hygiene` says what
-    is done about defects (None: the defaults), `heldout` are the `task_keys` of the held-out tasks.
-    A check that says to stop does not raise here: the batch's report says so.
+    `records` are the step's rollouts, ended; `spans` holds the spans of their attempts. Only the
+    latest attempt of a rollout that succeeded is used: a crash or a timeout is no reward of zero.
+    `hygiene` says what is done about defects (None: the defaults), `heldout` are the `task_keys` of
+    the held-out tasks. A check that says to stop does not raise here: the batch's report says so.
     """
     checks = HygieneConfig() if hygiene is None else hygiene
     spans, repeated = distinct_spans(spans, checks)
@@ -74,10 +75,11 @@ def make_batch(
     groups = {record.attempt_id: record.spec.group_id for record in graded}
     sequences, report = build_sequences(spans, groups, policy)
     lengths = trainable_counts(sequences)
+    errors = recorded_errors(spans)
     learnable = {attempt for attempt, length in lengths.items() if length > 0}
     found = inspect(
         spans,
-        [facts for record in records for facts in _facts(record)],
+        [facts for record in records for facts in _facts(record, errors)],
         checks,
         inexact=report.inexact,
         repeated=repeated,
@@ -126,14 +128,14 @@ def make_batch(
     return with_advantages(kept, credit), batch
 
 
-def _facts(record: RolloutRecord) -> list[AttemptFacts]:
+def _facts(record: RolloutRecord, errors: Mapping[str, str]) -> list[AttemptFacts]:
     """What the queue knows of a rollout's attempts; only the latest one is up for training."""
     spec = record.spec
     if not record.attempts:
         status = f"{record.status.value} before it began"
         return [AttemptFacts(spec.rollout_id, status, task_id=spec.task_id)]
     earlier = [
-        AttemptFacts(attempt, status.value, error="it was tried again", task_id=spec.task_id)
+        AttemptFacts(attempt, status.value, error=errors.get(attempt, ""), task_id=spec.task_id)
         for attempt, status in record.attempts[:-1]
     ]
     attempt, status = record.attempts[-1]

@@ -217,7 +217,8 @@ class Conductor:
 
     def _batch(self, records: Sequence[RolloutRecord]) -> tuple["ray.ObjectRef", Batch]:
         """The step's batch: a reference to its sequences, and what is known of them."""
-        ended = [record.attempt_id for record in records if record.attempts]
+        # Those that were tried again as well: the checks say why.
+        ended = [attempt for record in records for attempt, _ in record.attempts]
         # A task of its own: the spans go from the store to it, and its table to the learner,
         # without passing through this process.
         build = ray.remote(make_batch).options(num_cpus=0, num_returns=2)

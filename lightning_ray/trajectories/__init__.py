@@ -17,6 +17,7 @@ from lightning_ray.trajectories.hygiene_attempts import (
     AttemptFacts,
     Place,
     attempts_of_spans,
+    recorded_errors,
     task_key,
     task_keys,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "distinct_spans",
     "inspect",
     "rebuild_trees",
+    "recorded_errors",
     "task_key",
     "task_keys",
     "trainable_counts",

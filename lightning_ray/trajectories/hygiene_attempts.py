@@ -90,6 +90,12 @@ def attempts_of_spans(
     return facts
 
 
+def recorded_errors(spans: pa.Table) -> dict[str, str]:
+    """Attempt id to why it did not succeed, as its own last span says it."""
+    ends = {row["attempt_id"]: attributes_of(row).get("error") for row in end_spans(spans)}
+    return {attempt: str(error) for attempt, error in ends.items() if error}
+
+
 def end_spans(spans: pa.Table) -> list[dict[str, Any]]:
     """The spans that say how an attempt ended: attempt_id, status, attributes."""
     mask = pc.and_(

@@ -185,14 +185,13 @@ def test_a_task_on_which_the_agent_crashes_is_left_out_and_counted(story):
     history = read_summary(story.folder / "summary.json").extra["history"]
     rest = [0] * (STEPS - 1)
     # Every rollout of it was tried twice.
-    assert [row["hygiene_infrastructure_faults"] for row in history] == [2 * GROUP] + rest
-    assert [row["left_out"] for row in history] == [GROUP] + rest
+    assert [row["hygiene_infrastructure_faults"] for row in history] == [2 * GROUP, *rest]
+    assert [row["left_out"] for row in history] == [GROUP, *rest]
     assert history[0]["groups_used"] + history[0]["groups_flat"] == TASKS - 1
     kept = json.loads((story.folder / "hygiene.json").read_text())["offenders"]
     for entry in kept["infrastructure_faults"]:
         assert entry["step"] == 1 and entry["attempt_ids"][0].startswith("s00001-")
-    last_tries = [e["reason"] for e in kept["infrastructure_faults"] if "injected" in e["reason"]]
-    assert last_tries and all("exit code 1" in reason for reason in last_tries)
+        assert "exit code 1" in entry["reason"] and "injected fault" in entry["reason"]
 
 
 def test_the_checks_of_every_step_are_in_the_run(story):

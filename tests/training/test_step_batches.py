@@ -198,6 +198,9 @@ def one_of_each() -> tuple[list[RolloutRecord], list[dict]]:
     rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("contradictory/1", [5])
     rows += calls("inexact/1", [3], logprobs=[float("nan")])
     rows += calls("cut/1", [4], finish_reason="length")
+    first = record("crashed", "g", None)
+    failed = AttemptOutcome(AttemptStatus.FAILED, error="exit code 3")
+    rows += ends([replace(first, outcome=failed)])
     return [*good, *bad, record("crashed", "g", None, attempts=2)], rows
 
 
@@ -216,11 +219,13 @@ def test_what_the_policies_drop_is_gone_before_credit_is_computed() -> None:
         "contradictory_rewards": 1,
         # The retried attempt and the last one.
         "infrastructure_faults": 2,
-        # Every record here is of a task that is called "task", in one group: none is there twice.
     }
     assert batch.hygiene.why_stopped("in step 1") is None
-    named = [finding.attempts for finding in batch.hygiene.offenders[Check.INFRASTRUCTURE_FAULTS]]
-    assert named == [("crashed/1",), ("crashed/2",)]
+    faults = batch.hygiene.offenders[Check.INFRASTRUCTURE_FAULTS]
+    assert [(fault.attempts, fault.reason) for fault in faults] == [
+        (("crashed/1",), "failed: exit code 3"),
+        (("crashed/2",), "timed_out"),
+    ]
 
 
 def test_dropping_more_and_warning_of_more() -> None:
