@@ -297,3 +297,9 @@ def test_a_reward_that_is_not_the_one_in_the_spans_is_contradictory() -> None:
     assert set(batch.advantages) == {"a/1", "b/1"}
     (found,) = batch.hygiene.offenders[Check.CONTRADICTORY_REWARDS]
     assert found.attempts == ("c/1",)
+
+
+def test_an_attempt_with_nothing_to_learn_gives_its_group_no_contrast() -> None:
+    rows = calls("a/1", [1]) + calls("b/1", [2], policy="another")
+    sequences, batch = batch_of([record("a", "g", 1.0), record("b", "g", 0.0)], rows)
+    assert sequences == [] and (batch.used_groups, batch.flat_groups) == (0, 1)

@@ -81,7 +81,7 @@ DEFECTS: dict[str, tuple[Check, Defect]] = {
     "empty logprobs": (Check.INEXACT_TOKENS, lambda a: _change_call(a, logprobs=[])),
     "more logprobs than tokens": (
         Check.INEXACT_TOKENS,
-        lambda a: _change_call(a, token_ids=[1], logprobs=[-1.0, -1.0]),
+        lambda a: _change_call(a, token_ids=a.calls[-1]["token_ids"][-1:], logprobs=[-1.0, -1.0]),
     ),
     "a logprob of NaN": (Check.INEXACT_TOKENS, lambda a: _spoil_logprob(a, math.nan)),
     "a logprob of -inf": (Check.INEXACT_TOKENS, lambda a: _spoil_logprob(a, -math.inf)),
@@ -187,6 +187,14 @@ def test_a_group_that_has_no_contrast_once_faults_are_dropped_is_constant() -> N
     assert folder.found() == {"infrastructure_faults": 1, "constant_groups": 1}
     kept = folder.found(infrastructure_faults=HygienePolicy.warn)
     assert kept == {"infrastructure_faults": 1, "constant_groups": 1}
+
+
+def test_what_is_dropped_gives_a_group_no_contrast_and_what_is_kept_does() -> None:
+    folder = _two_groups()
+    _second_reward(folder.groups[0][1])
+    assert folder.found() == {"contradictory_rewards": 1, "constant_groups": 1}
+    kept = folder.found(contradictory_rewards=HygienePolicy.warn)
+    assert kept == {"contradictory_rewards": 1}
 
 
 @given(folders())
