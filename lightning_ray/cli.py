@@ -72,6 +72,16 @@ COMMANDS = {
             ('spans=RUN [where="SQL"] [against=RUN] [...]', "the measures over recorded spans"),
         ),
     ),
+    "spans": Command(
+        "spans",
+        (
+            (
+                "check RUN [heldout=FILE] [hygiene.CHECK=POLICY ...] [--strict] [--json FILE]",
+                "what is wrong with a run's spans; status 3 where it must not be",
+            ),
+            ('sql RUN "SELECT ... FROM spans" [--csv FILE] [--parquet FILE]', "ask its spans"),
+        ),
+    ),
 }
 
 

@@ -76,9 +76,9 @@ class Algorithm(Protocol):
     """Credit for a group, and the loss it is meant for.
 
     The conductor calls `score_group` once per group, when every attempt of it has ended and has a
-    reward, leaves out the groups for which `has_contrast` is false, puts the credit on the tokens
-    and hands them to the learner together with `loss`. A group may have fewer attempts than were
-    asked for (those lost to a fault are left out), never none.
+    reward, leaves out the groups without contrast (unless told to keep them), puts the credit on
+    the tokens and hands them to the learner together with `loss`. A group may have fewer attempts
+    than were asked for (those lost to a fault are left out), never none.
     """
 
     loss: LossConfig

@@ -8,7 +8,6 @@
 The run's folder holds everything: spans, versions, checkpoints, the curve, summary.json.
 """
 
-import json
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -42,6 +41,8 @@ from lightning_ray.tracking import (
 from lightning_ray.tracking.mlflow_run import RunStatus
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train, needs_of
+from lightning_ray.training.hygiene_log import totals
+from lightning_ray.trajectories import HygienePolicy, task_key
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -213,6 +214,7 @@ def _run(
                 "heldout_before_report": state.heldout_before,
                 "heldout_after_report": None if after is None else asdict(after),
                 "rollouts_left_out": state.left_out,
+                "hygiene": totals(state.history),
                 "history": state.history,
             },
         ),
@@ -220,6 +222,8 @@ def _run(
     tracked.log_artifact(folder.summary)
     if after is not None:
         _leave_measures(conductor, config, folder, tracked)
+    if folder.hygiene.is_file():
+        tracked.log_artifact(folder.hygiene)
     conductor.say_results(before_mean, after_mean, model, ui_command(uri), tracked.url_fragment)
 
 
@@ -279,24 +283,25 @@ def settle_paths(agent: AgentConfig) -> None:
 
 
 def _load_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
-    """Training and held-out tasks. Raises UserError when a held-out task is trained on."""
+    """Training and held-out tasks. Raises UserError when a held-out task is trained on.
+
+    With another `hygiene.leakage` than stop it is for the checks of its step to see to that.
+    """
     tasks = load_tasks(config.training.tasks)
     if config.evaluation.tasks is None:
         return tasks, []
     heldout = load_tasks(config.evaluation.tasks)
-    trained = {_content(task): task.id for task in tasks}
+    if config.hygiene.leakage is not HygienePolicy.stop:
+        return tasks, heldout
+    trained = {task_key(task.data): task.id for task in tasks}
     for task in heldout:
-        if (other := trained.get(_content(task))) is not None:
+        if (other := trained.get(task_key(task.data))) is not None:
             raise UserError(
                 f"held-out task {task.id} of {config.evaluation.tasks} is training task {other} of "
-                f"{config.training.tasks}; take it out of one of them"
+                f"{config.training.tasks}; take it out of one of them, or leave its rollouts out "
+                "with hygiene.leakage=drop"
             )
     return tasks, heldout
-
-
-def _content(task: Task) -> str:
-    # Whatever order its fields, and theirs, are written in.
-    return json.dumps({k: v for k, v in task.data.items() if k != "id"}, sort_keys=True)
 
 
 def _mean(report: dict[str, Any] | None) -> float | None:

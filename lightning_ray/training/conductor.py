@@ -28,6 +28,8 @@ from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
 from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
+from lightning_ray.training.hygiene_log import HygieneLog, totals
+from lightning_ray.training.names import MEASURING, REHEARSAL
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
@@ -40,6 +42,7 @@ from lightning_ray.training.rolling import (
 )
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.state import RunState
+from lightning_ray.trajectories import task_keys
 
 PUBLISH_TIMEOUT_S = 300.0
 CHECKPOINT_TIMEOUT_S = 900.0
@@ -70,6 +73,8 @@ class Conductor:
         self._order = TaskOrder(tasks, config.training.seed)
         self._heldout = list(heldout)
         self._base = base
+        self._heldout_keys = task_keys((task.id, task.data) for task in heldout)
+        self._hygiene = HygieneLog(folder.hygiene, config.hygiene)
         self._algorithm = make_algorithm(config.algorithm)
         self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
@@ -87,12 +92,13 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
+        self._hygiene.restore(self.state.step)
 
     def rehearse(self) -> None:
         """Tries a few tasks before the run begins. Raises UserError for what cannot work."""
         with self._progress.phase("rehearsing", slow=True):
             tasks = self._order.take(0, REHEARSED_TASKS)
-            records = self._rollouts("rehearsal", tasks, 1)
+            records = self._rollouts(REHEARSAL, tasks, 1)
         spans = self._parts.store.get([r.attempt_id for r in records if r.attempts])
         note = check_rehearsal(records, spans, self._roles, self._config.policy.name)
         if note is not None:
@@ -102,7 +108,7 @@ class Conductor:
         """Trains up to `training.steps`, and leaves a checkpoint of the end.
 
         Raises InfrastructureError when a part is lost, UserError when too few rollouts come to a
-        reward; the last checkpoint stays usable.
+        reward or a hygiene check says to stop; the last checkpoint stays usable.
         """
         if self.state.step == 0:
             self._register(0, self._base, None, 0, "base model")
@@ -126,7 +132,7 @@ class Conductor:
         with self._progress.phase(f"scoring version {self.state.version}", slow=True):
             samples = self._config.evaluation.samples_per_task
             # Named after the step: the spans of two evaluations must not meet in one attempt.
-            prefix = f"heldout-s{self.state.step:05d}"
+            prefix = f"{MEASURING}-s{self.state.step:05d}"
             records = self._rollouts(prefix, self._heldout, samples)
         note_failures(records, self._progress)
         if not any(came_to_reward(record) for record in records):
@@ -148,6 +154,8 @@ class Conductor:
         say = self._progress.note
         if before is not None and after is not None:
             say(f"held-out score {before:.3f} before, {after:.3f} after")
+        found = [f"{count} {name}" for name, count in totals(self.state.history).items() if count]
+        say(f"data checks found {', '.join(found) or 'nothing'}: {self._folder.hygiene}")
         say(f"learning curve    {self._folder.curve}")
         say(f"trained model     {model}")
         say(f"summary           {self._folder.summary}")
@@ -162,6 +170,7 @@ class Conductor:
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
+        self._heed(step, batch)
         if len(batch.report.empty) == batch.report.attempts:
             raise no_call_for(config.policy.name, self._roles)
         with self._progress.phase("learn") as learning:
@@ -180,6 +189,7 @@ class Conductor:
         metrics: dict[str, float] = {
             **batch.rewards,
             **self._learner_metrics(report),
+            **batch.hygiene.metrics(),
             "version": float(self.state.version),
             "staleness": float(trained_from - oldest),
             "groups_used": float(batch.used_groups),
@@ -203,7 +213,8 @@ class Conductor:
 
     def _batch(self, records: Sequence[RolloutRecord]) -> tuple["ray.ObjectRef", Batch]:
         """The step's batch: a reference to its sequences, and what is known of them."""
-        ended = [record.attempt_id for record in records if record.attempts]
+        # Those that were tried again as well: the checks say why.
+        ended = [attempt for record in records for attempt, _ in record.attempts]
         # A task of its own: the spans go from the store to it, and its table to the learner,
         # without passing through this process.
         build = ray.remote(make_batch).options(num_cpus=0, num_returns=2)
@@ -212,6 +223,8 @@ class Conductor:
             self._parts.store.read(ended),
             self._algorithm,
             self._config.policy.name,
+            self._config.hygiene,
+            self._heldout_keys or None,
         )
         try:
             return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)
@@ -222,8 +235,17 @@ class Conductor:
         except ray.exceptions.RayTaskError as error:
             raise InfrastructureError(f"the step's batch was not built: {error.cause}") from error
 
+    def _heed(self, step: int, batch: Batch) -> None:
+        """Records what the checks found. Raises UserError when one of them says to stop."""
+        for line in self._hygiene.add(step, batch.hygiene, self.state.history):
+            self._progress.note(line)
+        if (reason := batch.hygiene.why_stopped(f"in step {step}")) is not None:
+            self._tracked.log_metrics(batch.hygiene.metrics(), step)
+            self._tracked.log_artifact(self._folder.hygiene)
+            raise UserError(reason)
+
     def _learn(self, sequences: "ray.ObjectRef", batch: Batch) -> StepReport | None:
-        """One learner step; None when no group of the batch had any contrast."""
+        """One learner step; None when nothing is left of the batch to learn from."""
         if batch.rows == 0:
             self._progress.note("no group had any contrast: nothing to learn in this step")
             return None

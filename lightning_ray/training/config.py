@@ -16,6 +16,7 @@ from lightning_ray.policies import PolicyConfig, settle_policies
 from lightning_ray.rollouts import RolloutsConfig, check_rollouts
 from lightning_ray.spans import SpansConfig, check_spans
 from lightning_ray.tracking import TrackingConfig
+from lightning_ray.trajectories import HygieneConfig, check_hygiene
 
 
 @dataclass
@@ -61,6 +62,7 @@ class TrainConfig:
     spans: SpansConfig = field(default_factory=SpansConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
+    hygiene: HygieneConfig = field(default_factory=HygieneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -94,5 +96,6 @@ def check_train(config: TrainConfig) -> None:
     check_spans(config.spans)
     check_gateway(config.gateway)
     make_roles(config.gateway, config.policy.name, list(config.policies))
+    check_hygiene(config.hygiene)
     check_evaluation(config.evaluation)
     check_cluster(config.cluster)

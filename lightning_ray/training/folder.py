@@ -6,6 +6,7 @@ OUTPUT_DIR/RUN_ID/run.json         the MLflow run, the base model
 OUTPUT_DIR/RUN_ID/spans/           the span store's segments
 OUTPUT_DIR/RUN_ID/versions/N/      weights of version N, a Hugging Face folder
 OUTPUT_DIR/RUN_ID/checkpoints/     weights, optimiser and run state
+OUTPUT_DIR/RUN_ID/hygiene.json     what the checks of its data found
 OUTPUT_DIR/RUN_ID/summary.json     the result
 """
 
@@ -39,6 +40,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.curve = path / "learning_curve.png"
         self.trajectories = path / "trajectories.html"
+        self.hygiene = path / "hygiene.json"
 
     @classmethod
     def create(cls, output_dir: Path, name: str, overrides: Sequence[str]) -> "RunFolder":

@@ -10,6 +10,7 @@ from lightning_ray.rollouts import QueueClient, RolloutRecord, RolloutSpec, Roll
 from lightning_ray.spans import SpanClient
 from lightning_ray.tracking import Progress
 from lightning_ray.training.config import TrainConfig
+from lightning_ray.training.names import rollout_id
 from lightning_ray.training.rehearsal import why
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def rollout_specs(
     """
     return [
         RolloutSpec(
-            rollout_id=f"{prefix}-{session}-{place:04d}-{sample:02d}",
+            rollout_id=rollout_id(prefix, session, place, sample),
             task_id=task.id,
             task=task.data,
             timeout_s=config.agent.timeout_s,

@@ -1,6 +1,7 @@
 """The main job on the real stack: trained a few steps, stopped by Ctrl-C, resumed, and evaluated.
 
 One run serves all tests of this file: Ray, Ray Serve, vLLM, DeepSpeed, MLflow and the real model.
+Its agent is the example's, except that it crashes on one task of the first step.
 """
 
 import json
@@ -30,6 +31,13 @@ pytestmark = pytest.mark.timeout(1500)
 STEPS, TASKS, GROUP = 4, 4, 8
 TRAIN_FILE = "examples/calculator/train.jsonl"
 
+CRASHING = """
+import runpy, sys
+if sys.argv[1] == {question!r}:
+    raise RuntimeError("injected fault")
+runpy.run_path("examples/calculator/agent.py", run_name="__main__")
+"""
+
 
 @dataclass
 class Story:
@@ -46,10 +54,14 @@ class Story:
 def story(cli, few_heldout, tmp_path_factory) -> Iterator[Story]:
     """Trains until three of four steps are done, presses Ctrl-C, and resumes."""
     output = tmp_path_factory.mktemp("outputs")
+    agent = tmp_path_factory.mktemp("agent") / "agent.py"
+    (unlucky,) = TaskOrder(load_tasks(TRAIN_FILE), seed=0).take(0, 1)
+    agent.write_text(CRASHING.format(question=unlucky.data["question"]))
     process = cli.start(
         "train",
         "experiment=calculator",
         f"output_dir={output}",
+        f'agent.command=[python,{agent},"{{question}}"]',
         f"training.steps={STEPS}",
         f"training.tasks_per_step={TASKS}",
         f"algorithm.group_size={GROUP}",
@@ -134,7 +146,7 @@ def test_resumed_steps_train_on_the_tasks_that_the_order_says(story):
 def test_every_call_is_recorded_with_tokens_logprobs_and_version(story):
     rows = _spans(story.folder)
     calls = [row for row in rows if row["kind"] == "model_call"]
-    assert len(calls) >= STEPS * TASKS * GROUP
+    assert len(calls) >= (STEPS * TASKS - 1) * GROUP
     for call in calls:
         assert len(call["token_ids"]) > len(call["logprobs"]) > 0
         assert call["policy"] == "policy" and call["version"] >= 0
@@ -154,6 +166,7 @@ def test_mlflow_holds_config_metrics_and_pictures(story):
     names = {item.path for item in client.list_artifacts(summary.mlflow_run_id)}
     assert {"config.yaml", "learning_curve.png", "summary.json", "trajectories.html"} <= names
     assert {"evaluation.json", "evaluation.html"} <= names
+    assert "hygiene.json" in names
     page = (story.folder / "trajectories.html").read_text()
     assert "calc" in page
 
@@ -240,6 +253,54 @@ def test_evaluation_is_an_mlflow_run_of_its_own(story, evaluated):
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "evaluation.json", "evaluation.html"} <= names
     assert "heldout-0" in (folder / "evaluation.html").read_text()
+
+
+def test_a_task_on_which_the_agent_crashes_is_left_out_and_counted(story):
+    history = read_summary(story.folder / "summary.json").extra["history"]
+    rest = [0] * (STEPS - 1)
+    # Every rollout of it was tried twice.
+    assert [row["hygiene_infrastructure_faults"] for row in history] == [2 * GROUP, *rest]
+    assert [row["left_out"] for row in history] == [GROUP, *rest]
+    assert history[0]["groups_used"] + history[0]["groups_flat"] == TASKS - 1
+    kept = json.loads((story.folder / "hygiene.json").read_text())["offenders"]
+    for entry in kept["infrastructure_faults"]:
+        assert entry["step"] == 1 and entry["attempt_ids"][0].startswith("s00001-")
+        assert "exit code 1" in entry["reason"] and "injected fault" in entry["reason"]
+
+
+def test_the_checks_of_every_step_are_in_the_run(story):
+    summary = read_summary(story.folder / "summary.json")
+    totals = summary.extra["hygiene"]
+    assert json.loads((story.folder / "hygiene.json").read_text())["totals"] == totals
+    for name, total in totals.items():
+        assert total == sum(row[f"hygiene_{name}"] for row in summary.extra["history"]), name
+    assert totals["constant_groups"] == sum(row["groups_flat"] for row in summary.extra["history"])
+    for name in ("inexact_tokens", "empty_traces", "missing_rewards", "contradictory_rewards"):
+        assert totals[name] == 0
+    assert totals["leakage"] == totals["duplicate_spans"] == totals["duplicate_tasks"] == 0
+    assert f"{2 * GROUP} infrastructure_faults" in story.second_output
+    client = MlflowClient(f"sqlite:///{story.folder.parent}/mlflow.db")
+    for name in totals:
+        logged = client.get_metric_history(summary.mlflow_run_id, f"hygiene_{name}")
+        assert {metric.step for metric in logged} == set(range(1, STEPS + 1))
+
+
+def test_spans_check_says_the_same_of_the_runs_folder(story, cli, few_heldout, tmp_path):
+    command = ["spans", "check", story.folder.name, f"output_dir={story.folder.parent}"]
+    found = tmp_path / "found.json"
+    done = cli.run(*command, f"heldout={few_heldout}", "--json", str(found))
+    assert done.returncode == 0, done.stdout + done.stderr
+    totals = json.loads(found.read_text())["totals"]
+    # Ctrl-C may have failed some more.
+    assert totals["infrastructure_faults"] >= 2 * GROUP
+    for name in ("inexact_tokens", "empty_traces", "missing_rewards", "contradictory_rewards"):
+        assert totals[name] == 0
+    assert totals["leakage"] == totals["duplicate_spans"] == totals["duplicate_tasks"] == 0
+    summary = read_summary(story.folder / "summary.json")
+    # It sees the step that was lost with Ctrl-C as well.
+    assert totals["constant_groups"] >= summary.extra["hygiene"]["constant_groups"]
+    stopped = cli.run(*command, "hygiene.infrastructure_faults=stop")
+    assert stopped.returncode == 3
 
 
 def _spans(folder: Path) -> list[dict]:
