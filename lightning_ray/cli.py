@@ -30,6 +30,14 @@ COMMANDS = {
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
         ),
     ),
+    "finetune": Command(
+        "finetune",
+        (
+            ("from=RUN min_reward=N [KEY=VALUE ...]", "tune on a run's spans, chosen by reward"),
+            ("from=RUN where=SQL | sql=SQL [KEY=VALUE ...]", "... or by SQL over its attempts"),
+            ("resume=RUN [KEY=VALUE ...]", "go on from the last checkpoint"),
+        ),
+    ),
 }
 
 

@@ -4,7 +4,7 @@ Invariant: what a live store acknowledged is read; segments are memory-mapped, s
 copy of its tokens. A folder may be read while a store writes to it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,18 +27,27 @@ def read_folder(folder: Path) -> pa.Table:
     return table.sort_by([("attempt_id", "ascending"), ("sequence", "ascending")])
 
 
-def query(spans: pa.Table, sql: str, parameters: Sequence[object] = ()) -> pa.Table:
-    """The answer to a SQL query in which the table is called `spans`.
+def query(
+    spans: pa.Table,
+    sql: str,
+    parameters: Sequence[object] = (),
+    tables: Mapping[str, pa.Table] | None = None,
+) -> pa.Table:
+    """The answer to a SQL query in which the table is called `spans`, and `tables` by their names.
 
-    The query reads that table alone: neither files nor the network. `attributes` is JSON text, for
-    DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
+    The query reads these tables alone: neither files nor the network. `attributes` is JSON text,
+    for DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
     """
     import duckdb
 
     with duckdb.connect(config={"enable_external_access": "false"}) as connection:
-        connection.register("spans", spans)
+        for name, table in {"spans": spans, **(tables or {})}.items():
+            connection.register(name, table)
         try:
             connection.execute("SET lock_configuration = true")
-            return connection.sql(sql, params=list(parameters)).to_arrow_table()
+            answer = connection.sql(sql, params=list(parameters))
+            if answer is None:
+                raise UserError("the query cannot be run: it gives no rows; begin it with SELECT")
+            return answer.to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"the query cannot be run: {' '.join(str(error).split())}") from error

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.algorithms import Algorithm, Group, has_contrast
+from lightning_ray.algorithms import Algorithm, Group, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
 from lightning_ray.trajectories import (
     BuildReport,
@@ -23,14 +23,14 @@ class Batch:
 
     report: BuildReport
     rows: int
-    """Sequences to learn from; 0 when no group had any contrast."""
+    """Sequences to learn from; 0 when no group got any credit."""
     oldest_version: int | None
     """Of the tokens to learn from; None when there are none."""
     rewards: dict[str, float]
     """Mean of every named reward over the rollouts that have one."""
     used_groups: int
     flat_groups: int
-    """Groups whose attempts were all worth the same: nothing to learn."""
+    """Groups whose credit is zero throughout: nothing to learn."""
     left_out: int
     """Rollouts that came to no reward, or whose tokens are not exact."""
     advantages: dict[str, float]
@@ -38,14 +38,19 @@ class Batch:
 
 
 def make_batch(
-    records: Sequence[RolloutRecord], spans: pa.Table, algorithm: Algorithm, policy: str
+    records: Sequence[RolloutRecord],
+    spans: pa.Table,
+    algorithm: Algorithm,
+    policy: str,
+    name: str = "grpo",
 ) -> tuple[pa.Table, Batch]:
     """Builds sequences, groups them by task, and gives them the algorithm's credit.
 
     Returns the sequences (SEQUENCE_SCHEMA) of the groups to learn from, and what is known of them.
 
     `records` are the step's rollouts, ended; `spans` holds the spans of their latest attempts. Only
-    a rollout that succeeded is used: a crash or a timeout is no reward of zero.
+    a rollout that succeeded is used: a crash or a timeout is no reward of zero. `name` is what the
+    configuration calls the algorithm. Raises UserError when it cannot score a group.
     """
     graded = [r for r in records if r.status is RolloutStatus.SUCCEEDED and r.outcome is not None]
     groups = {record.attempt_id: record.spec.group_id for record in graded}
@@ -63,11 +68,12 @@ def make_batch(
             np.array([_rewards(record)["reward"] for record in group_records]),
             np.array([lengths[record.attempt_id] for record in group_records]),
         )
-        if not has_contrast(group):
+        advantages = score(algorithm, name, group)
+        if not advantages.any():
             flat += 1
             continue
         used += 1
-        for record, advantage in zip(group_records, algorithm.score_group(group), strict=True):
+        for record, advantage in zip(group_records, advantages, strict=True):
             credit[record.attempt_id] = float(advantage)
     chosen = pa.array(list(credit), pa.string())
     kept = sequences.filter(pc.is_in(sequences["attempt_id"], value_set=chosen))

@@ -58,14 +58,17 @@ class RunFolder:
         return folder
 
     @classmethod
-    def find(cls, output_dir: Path, run: str) -> "RunFolder":
-        """The folder of an earlier run, by its id or path. Raises UserError when there is none."""
+    def find(cls, output_dir: Path, run: str, word: str = "resume") -> "RunFolder":
+        """The folder of an earlier run, by its id or path, which was typed as `word=RUN`.
+
+        Raises UserError when there is none.
+        """
         for candidate in (output_dir / run, Path(run)):
             if (candidate / "overrides.json").is_file():
                 return cls(candidate.absolute())
         known = sorted(p.parent.name for p in output_dir.glob("*/overrides.json"))
         there = f"the runs there are: {', '.join(known[-5:])}" if known else "there are none there"
-        raise UserError(f"resume={run}: no such run in {output_dir}; {there}")
+        raise UserError(f"{word}={run}: no such run in {output_dir}; {there}")
 
     def overrides(self) -> list[str]:
         """What was typed when the run was begun."""

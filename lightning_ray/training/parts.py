@@ -62,8 +62,7 @@ class Parts:
             )
             self._at_end(self.engines.stop)
             if learn:
-                self.learner = LearnerGroup(config.learner, self._base, self._folder.run_id)
-                self._at_end(self.learner.stop)
+                self._start_learner()
             urls = self.engines.wait_ready()
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
             self._at_end(stop_gateway)
@@ -71,9 +70,18 @@ class Parts:
             self.workers = WorkerGroup(config.rollouts, config.agent, self.queue, self.store, url)
             self._at_end(self.workers.stop)
 
+    def start_learner(self) -> None:
+        """Starts the learner alone: for a job that learns from what is there and runs no agent."""
+        with self._progress.phase("starting the DeepSpeed learner", slow=True):
+            self._start_learner()
+
     def stop(self) -> None:
         """Stops every part that was started, last first; one that fails does not keep the rest."""
         self._stack.close()
+
+    def _start_learner(self) -> None:
+        self.learner = LearnerGroup(self._config.learner, self._base, self._folder.run_id)
+        self._at_end(self.learner.stop)
 
     def _at_end(self, stop: Callable[[], None]) -> None:
         self._stack.callback(_stop_quietly, stop)
