@@ -224,7 +224,8 @@ def score(algorithm: Algorithm, name: str, group: Group) -> FloatArray:
         UserError: it raised, or did not give one finite number per attempt.
     """
     try:
-        credit = np.asarray(algorithm.score_group(group), np.float64)
+        with np.errstate(all="ignore"):  # what is not finite is told below
+            credit = np.asarray(algorithm.score_group(group), np.float64)
     except Exception as error:
         raise UserError(
             f"algorithm.name={name}: score_group raised {describe(error)} on a group with the "

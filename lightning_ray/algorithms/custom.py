@@ -53,9 +53,10 @@ def try_out(algorithm: Algorithm, config: AlgorithmConfig) -> None:
         raise UserError(f"algorithm.name={name}: the class has no method score_group(group)")
     loss = getattr(algorithm, "loss", None)
     if not isinstance(loss, LossConfig):
+        kind = "has no attribute" if loss is None else f"has a {type(loss).__name__} as its"
         raise UserError(
-            f"algorithm.name={name}: `loss` must be a LossConfig, not {type(loss).__name__}; "
-            "`self.loss = config.loss` takes what the configuration says"
+            f"algorithm.name={name}: the class {kind} `loss`; `self.loss = config.loss` takes what "
+            "the configuration says, a LossConfig"
         )
     check_loss(loss)
     size = config.group_size

@@ -6,6 +6,7 @@ copied. What is installed is imported where it is used: it has to be installed o
 this package has.
 """
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -46,7 +47,8 @@ def ship_by_value(thing: object) -> list[str]:
 
 def _file(module: object) -> Path | None:
     file = getattr(module, "__file__", None)
-    return Path(file).resolve() if isinstance(file, str) else None
+    # Some libraries make modules whose file is a bare name.
+    return Path(file).resolve() if isinstance(file, str) and os.path.isabs(file) else None
 
 
 def _is_installed(file: Path) -> bool:
