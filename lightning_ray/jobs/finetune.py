@@ -9,13 +9,10 @@ With held-out tasks (evaluation.tasks) the model is scored before and after.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lightning_ray.agents import Task, check_agent, load_tasks
 from lightning_ray.errors import UserError
-from lightning_ray.evaluation import HeldoutReport, write_report
 from lightning_ray.gateway import choose_port
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.session import session
@@ -23,18 +20,12 @@ from lightning_ray.jobs.train import settle_paths
 from lightning_ray.learner import check_model_dir
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.policies.models import resolve_model
-from lightning_ray.tracking import (
-    Progress,
-    RunSummary,
-    TrackedRun,
-    plot_learning_curve,
-    ui_command,
-    write_summary,
-)
+from lightning_ray.tracking import Progress, TrackedRun, ui_command
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Conductor, Parts, RunFolder, RunState
 from lightning_ray.training.finetuning import FinetuneConfig, check_finetune
 from lightning_ray.training.selection import Samples, choose_samples
+from lightning_ray.training.tuned import leave_results, say_results, score_heldout
 from lightning_ray.training.tuner import Tuner, sample_order
 from lightning_ray.training.versions import Versions
 
@@ -117,90 +108,12 @@ def _finetune(
                 parts.learner.load_checkpoint(checkpoint, config.training.step_timeout_s)
             before = state.heldout_before
             if scorer is not None and before is None:
-                before = state.heldout_before = _score(scorer, folder, tracked, state)
+                before = state.heldout_before = score_heldout(scorer, folder, tracked, state)
             take_on = None if scorer is None else parts.engines.update_weights
             tuner.train(parts.learner, state, take_on)
-            after = None if scorer is None else _score(scorer, folder, tracked, state)
-            model = folder.version(state.version)
-            _leave_results(folder, tracked, samples, state, after, model)
-            _say_results(progress, folder, state, after, model, ui_command(uri), tracked)
-
-
-def _score(
-    scorer: Conductor, folder: RunFolder, tracked: TrackedRun, state: RunState
-) -> dict[str, Any]:
-    """The report of the present version on the held-out tasks."""
-    report = scorer.evaluate()
-    assert isinstance(report, HeldoutReport)
-    values = {f"heldout_{name}": interval.mean for name, interval in report.measures.items()}
-    tracked.log_metrics(values, state.step)
-    if state.step:
-        path = folder.path / "heldout.json"
-        write_report(path, report)
-        tracked.log_artifact(path)
-    return asdict(report)
-
-
-def _leave_results(
-    folder: RunFolder,
-    tracked: TrackedRun,
-    samples: Samples,
-    state: RunState,
-    after: dict[str, Any] | None,
-    model: Path,
-) -> None:
-    """The learning curve and summary.json, in the folder and in MLflow."""
-    history: list[dict[str, Any]] = [dict(row) for row in state.history]
-    for step, report in ((0, state.heldout_before), (state.step, after)):
-        if report is not None:
-            history.append({"step": step, "heldout": _mean(report)})
-    plot_learning_curve(history, folder.curve, title=folder.run_id, measures=("loss",))
-    tracked.log_artifact(folder.curve)
-    write_summary(
-        folder.summary,
-        RunSummary(
-            heldout_before=_mean(state.heldout_before),
-            heldout_after=_mean(after),
-            steps=state.step,
-            train_seconds=state.train_seconds,
-            tokens_generated=0,
-            mlflow_run_id=tracked.run_id,
-            model_dir=str(model),
-            extra={
-                "run_id": folder.run_id,
-                "version": state.version,
-                "heldout_before_report": state.heldout_before,
-                "heldout_after_report": after,
-                "history": state.history,
-                "tokens_learnt": sum(row["sampled_tokens"] for row in state.history),
-                **samples.facts(),
-            },
-        ),
-    )
-    tracked.log_artifact(folder.summary)
-
-
-def _say_results(
-    progress: Progress,
-    folder: RunFolder,
-    state: RunState,
-    after: dict[str, Any] | None,
-    model: Path,
-    ui: str,
-    tracked: TrackedRun,
-) -> None:
-    say = progress.note
-    before_mean, after_mean = _mean(state.heldout_before), _mean(after)
-    losses = [row["loss"] for row in state.history if "loss" in row]
-    if losses:
-        say(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last")
-    if before_mean is not None and after_mean is not None:
-        say(f"held-out score {before_mean:.3f} before, {after_mean:.3f} after")
-    say(f"learning curve    {folder.curve}")
-    say(f"tuned model       {model}")
-    say(f"summary           {folder.summary}")
-    fragment = tracked.url_fragment.lstrip("/")
-    say(f"open it in MLflow: {ui}   then http://127.0.0.1:5000/{fragment}")
+            after = None if scorer is None else score_heldout(scorer, folder, tracked, state)
+            leave_results(folder, tracked, samples, state, after)
+            say_results(progress, folder, state, after, ui_command(uri), tracked)
 
 
 def _configure(
@@ -245,7 +158,3 @@ def _compose(typed: Sequence[str]) -> FinetuneConfig:
 
 def _name(name: str) -> str:
     return name if name.endswith("finetune") else f"{name}-finetune"
-
-
-def _mean(report: dict[str, Any] | None) -> float | None:
-    return None if report is None else report["measures"]["reward"]["mean"]

@@ -2,20 +2,17 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from own_algorithm_support import examples
 
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.spans import SpanKind, query, read_folder
 from lightning_ray.tracking import read_summary
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests/algorithms"))
-
-from own_algorithm_support import examples  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
