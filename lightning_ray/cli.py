@@ -82,6 +82,14 @@ COMMANDS = {
             ('sql RUN "SELECT ... FROM spans" [--csv FILE] [--parquet FILE]', "ask its spans"),
         ),
     ),
+    "finetune": Command(
+        "finetune",
+        (
+            ("from=RUN min_reward=N [KEY=VALUE ...]", "tune on a run's spans, chosen by reward"),
+            ("from=RUN where=SQL | sql=SQL [KEY=VALUE ...]", "... or by SQL over its attempts"),
+            ("resume=RUN [KEY=VALUE ...]", "go on from the last checkpoint"),
+        ),
+    ),
 }
 
 

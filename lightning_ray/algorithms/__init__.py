@@ -11,9 +11,13 @@ from lightning_ray.algorithms.base import (
     AlgorithmConfig,
     Group,
     LossConfig,
+    OwnLossAlgorithm,
+    TokenLoss,
     check_algorithm,
     has_contrast,
     make_algorithm,
+    own_loss,
+    score,
     token_weights,
 )
 
@@ -23,8 +27,12 @@ __all__ = [
     "AlgorithmConfig",
     "Group",
     "LossConfig",
+    "OwnLossAlgorithm",
+    "TokenLoss",
     "check_algorithm",
     "has_contrast",
     "make_algorithm",
+    "own_loss",
+    "score",
     "token_weights",
 ]

@@ -18,12 +18,18 @@ from lightning_ray.algorithms.base import (
     LossConfig,
     has_contrast,
 )
+from lightning_ray.errors import UserError
 
 
 class GRPO:
     """Group-relative advantages; see the module for the formula."""
 
     def __init__(self, config: AlgorithmConfig) -> None:
+        """Raises UserError for a loss that cannot use credit below zero."""
+        if config.loss.kind != "clipped":
+            raise UserError(
+                f"algorithm.loss.kind={config.loss.kind}: grpo gives credit below zero; use clipped"
+            )
         self.loss: LossConfig = config.loss
         self._normalize_by_std = config.normalize_by_std
         self._std_epsilon = config.std_epsilon

@@ -8,14 +8,12 @@
 The run's folder holds everything: spans, versions, checkpoints, the curve, summary.json.
 """
 
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning_ray.agents import AgentConfig, Task, check_agent, load_tasks
-from lightning_ray.cluster import Connection
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import (
     GateConfig,
@@ -26,6 +24,7 @@ from lightning_ray.evaluation import (
 )
 from lightning_ray.gateway import choose_port, upstream_answerer
 from lightning_ray.jobs.compose import compose_config, resolved
+from lightning_ray.jobs.session import session
 from lightning_ray.jobs.sweep import is_multirun, sweep
 from lightning_ray.learner import check_model_dir
 from lightning_ray.policies import PolicyRegistry
@@ -38,9 +37,8 @@ from lightning_ray.tracking import (
     ui_command,
     write_summary,
 )
-from lightning_ray.tracking.mlflow_run import RunStatus
 from lightning_ray.tracking.store import default_uri
-from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train, needs_of
+from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
 from lightning_ray.training.hygiene_log import totals
 from lightning_ray.trajectories import HygienePolicy, task_key
 
@@ -127,38 +125,14 @@ def _train(
         tracked.log_config(resolved(config))
         uri = config.tracking.uri or default_uri(root)
         registry = PolicyRegistry(uri, config.policy.name, tracked.run_id)
-        status = RunStatus.FAILED
-        connection = Connection(config.cluster, needs_of(config))
         parts = Parts(config, folder, base, progress)
-        try:
-            with progress.phase("starting Ray", slow=True):
-                connection.__enter__()
+        again = f"lightning-ray train resume={folder.run_id}"
+        with session(config, parts, tracked, progress, again):
             conductor = Conductor(
                 config, folder, parts, tracked, registry, progress, tasks, heldout, base
             )
             _start(parts, conductor, folder, base, checkpoint)
             _run(conductor, config, folder, tracked, base, uri)
-            status = RunStatus.FINISHED
-        except KeyboardInterrupt:
-            status = RunStatus.KILLED
-            raise
-        finally:
-            # Once, and whole: a second Ctrl-C or SIGTERM must not leave processes behind.
-            handlers = {
-                number: signal.signal(number, signal.SIG_IGN)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-            try:
-                if config.cluster.address != "local":
-                    # A local cluster takes its parts with it, and what they hold is on disk.
-                    parts.stop()
-                connection.close()
-                tracked.finish(status)
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-            if status is not RunStatus.FINISHED:
-                progress.note(f"to go on: lightning-ray train resume={folder.run_id}")
 
 
 def _start(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_ray.algorithms.base import LossConfig, check_loss
+from lightning_ray.algorithms.base import LossConfig, TokenLoss, check_loss
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.learner.config import LearnerConfig, check_learner, check_model_dir
 from lightning_ray.learner.report import StepReport
@@ -60,15 +60,23 @@ class LearnerGroup:
             self.stop()
             raise
 
-    def step(self, batch: "ray.ObjectRef", loss: LossConfig, timeout_s: float) -> StepReport:
+    def step(
+        self,
+        batch: "ray.ObjectRef",
+        loss: LossConfig,
+        timeout_s: float,
+        own: TokenLoss | None = None,
+    ) -> StepReport:
         """Train one step on the batch (an object reference of a table of `SEQUENCE_SCHEMA`).
+
+        `own` is the algorithm's own loss, in place of the one that `loss` names.
 
         Raises:
             InfrastructureError: it took longer than `timeout_s`, or an actor was lost. Whether the
                 weights changed is then unknown: go on from a checkpoint.
         """
         check_loss(loss)
-        report: StepReport = self._call("step", timeout_s, batch, loss)[0]
+        report: StepReport = self._call("step", timeout_s, batch, loss, own)[0]
         return report
 
     def logprobs(self, batch: "ray.ObjectRef", timeout_s: float) -> list[npt.NDArray[np.float32]]:

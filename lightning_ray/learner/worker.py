@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lightning_ray.algorithms.base import LossConfig
+from lightning_ray.algorithms.base import LossConfig, TokenLoss
 from lightning_ray.errors import UserError
 from lightning_ray.learner.checkpoint import STATE_FILE
 from lightning_ray.learner.config import LearnerConfig
@@ -104,12 +104,15 @@ class LearnerWorker:
         )
         self.engine.train()
 
-    def step(self, batch: pa.Table, loss: LossConfig) -> StepReport:
-        """Take one optimiser step on the whole batch; see `StepReport`."""
+    def step(self, batch: pa.Table, loss: LossConfig, own: TokenLoss | None = None) -> StepReport:
+        """Take one optimiser step on the whole batch; see `StepReport`.
+
+        `own` is the algorithm's own loss, in place of the one that `loss` names.
+        """
         start = time.perf_counter()
         packed = pack(batch, self.config.tokens_per_row, loss.aggregation)
         self._steps += 1
-        totals = self._accumulate(packed, loss)
+        totals = self._accumulate(packed, loss, own)
         if packed.rows:
             self.engine.step()
         versions = _trainable_values(batch, "versions")
@@ -294,23 +297,24 @@ class LearnerWorker:
         )
         return logprobs, entropy
 
-    def _accumulate(self, packed: PackedBatch, loss_config: LossConfig) -> dict[str, float]:
+    def _accumulate(
+        self, packed: PackedBatch, loss_config: LossConfig, own: TokenLoss | None
+    ) -> dict[str, float]:
         """Add up the gradients of this rank's rows; returns sums and maxima over all ranks."""
         import torch
 
-        from lightning_ray.algorithms.losses import clipped_policy_loss
+        from lightning_ray.algorithms.losses import choose_loss
 
+        part_loss = choose_loss(loss_config, own, _total_weight(packed))
         totals: dict[str, Tensor] = {}
         for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
             logprobs, entropy = self._forward(row)
             entry = self._to_device(row.entry)
-            loss, metrics = clipped_policy_loss(
+            loss, metrics = part_loss(
                 logprobs[entry],
                 self._to_device(row.old_logprobs),
                 self._to_device(row.advantages),
                 self._to_device(row.weights),
-                loss_config.epsilon_low,
-                loss_config.epsilon_high,
             )
             metrics |= {
                 "loss": loss.detach(),
@@ -356,6 +360,12 @@ class LearnerWorker:
         """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
+
+
+def _total_weight(packed: PackedBatch) -> float:
+    """Sum of weights times advantages over the batch; every rank has packed all of it."""
+    with np.errstate(all="ignore"):  # what is not finite is found in the loss
+        return sum(float(np.dot(row.weights, row.advantages)) for row in packed.rows)
 
 
 def _dtype_name(model_dir: Path) -> str:

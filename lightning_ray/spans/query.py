@@ -4,7 +4,7 @@ Invariant: what a live store acknowledged is read; segments are memory-mapped, s
 copy of its tokens. A folder may be read while a store writes to it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -35,28 +35,39 @@ class Query(Protocol):
     def __call__(self, sql: str, parameters: Sequence[object] = ()) -> pa.Table: ...
 
 
-def query(spans: pa.Table, sql: str, parameters: Sequence[object] = ()) -> pa.Table:
-    """The answer to a SQL query in which the table is called `spans`.
+def query(
+    spans: pa.Table,
+    sql: str,
+    parameters: Sequence[object] = (),
+    tables: Mapping[str, pa.Table] | None = None,
+) -> pa.Table:
+    """The answer to a SQL query in which the table is called `spans`, and `tables` by their names.
 
-    The query reads that table alone: neither files nor the network. `attributes` is JSON text, for
-    DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
+    The query reads these tables alone: neither files nor the network. `attributes` is JSON text,
+    for DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
     """
-    with querying(spans) as ask:
+    with querying(spans, tables) as ask:
         return ask(sql, parameters)
 
 
 @contextmanager
-def querying(spans: pa.Table) -> Iterator[Query]:
+def querying(spans: pa.Table, tables: Mapping[str, pa.Table] | None = None) -> Iterator[Query]:
     """`query` for several queries over one table: opening DuckDB costs more than asking it."""
     import duckdb
 
     with duckdb.connect(config={"enable_external_access": "false"}) as connection:
-        connection.register("spans", spans)
+        for name, table in {"spans": spans, **(tables or {})}.items():
+            connection.register(name, table)
         connection.execute("SET lock_configuration = true")
 
         def ask(sql: str, parameters: Sequence[object] = ()) -> pa.Table:
             try:
-                return connection.sql(sql, params=list(parameters)).to_arrow_table()
+                answer = connection.sql(sql, params=list(parameters))
+                if answer is None:
+                    raise UserError(
+                        "the query cannot be run: it gives no rows; begin it with SELECT"
+                    )
+                return answer.to_arrow_table()
             except duckdb.Error as error:
                 reason = " ".join(str(error).split())
                 raise UserError(f"the query cannot be run: {reason}") from error

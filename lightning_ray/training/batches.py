@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.algorithms import Algorithm, Group
+from lightning_ray.algorithms import Algorithm, Group, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
 from lightning_ray.trajectories import (
     AttemptFacts,
@@ -35,14 +35,14 @@ class Batch:
 
     report: BuildReport
     rows: int
-    """Sequences to learn from; 0 when nothing was left, say because no group had any contrast."""
+    """Sequences to learn from; 0 when nothing was left, say because no group got any credit."""
     oldest_version: int | None
     """Of the tokens to learn from; None when there are none."""
     rewards: dict[str, float]
     """Mean of every named reward over the rollouts that have one."""
     used_groups: int
     flat_groups: int
-    """Groups whose attempts were all worth the same: nothing to learn."""
+    """Groups whose credit is zero throughout: nothing to learn."""
     left_out: int
     """Rollouts that came to no reward, whose tokens are not exact, or that a check dropped; those
     of flat groups are not among them."""
@@ -57,6 +57,7 @@ def make_batch(
     spans: pa.Table,
     algorithm: Algorithm,
     policy: str,
+    name: str = "grpo",
     hygiene: HygieneConfig | None = None,
     heldout: Mapping[str, str] | None = None,
 ) -> tuple[pa.Table, Batch]:
@@ -66,8 +67,10 @@ def make_batch(
 
     `records` are the step's rollouts, ended; `spans` holds the spans of their attempts. Only the
     latest attempt of a rollout that succeeded is used: a crash or a timeout is no reward of zero.
-    `hygiene` says what is done about defects (None: the defaults), `heldout` are the `task_keys` of
-    the held-out tasks. A check that says to stop does not raise here: the batch's report says so.
+    `name` is what the configuration calls the algorithm. `hygiene` says what is done about defects
+    (None: the defaults), `heldout` are the `task_keys` of the held-out tasks. A check that says to
+    stop does not raise here: the batch's report says so. Raises UserError when the algorithm cannot
+    score a group.
     """
     checks = HygieneConfig() if hygiene is None else hygiene
     spans, repeated = distinct_spans(spans, checks)
@@ -99,18 +102,23 @@ def make_batch(
     for record in usable:
         members.setdefault(record.spec.group_id, []).append(record)
     credit: dict[str, float] = {}
-    used = 0
+    used = flat = 0
     for group_id, group_records in members.items():
         # What is left of a group is constant as a whole or not at all.
         if group_records[0].attempt_id in found.dropped:
+            flat += 1
             continue
         group = Group(
             group_id,
             np.array([_rewards(record)["reward"] for record in group_records]),
             np.array([lengths[record.attempt_id] for record in group_records]),
         )
+        advantages = score(algorithm, name, group)
+        if not advantages.any():
+            flat += 1
+            continue
         used += 1
-        for record, advantage in zip(group_records, algorithm.score_group(group), strict=True):
+        for record, advantage in zip(group_records, advantages, strict=True):
             credit[record.attempt_id] = float(advantage)
     chosen = pa.array(list(credit), pa.string())
     kept = sequences.filter(pc.is_in(sequences["attempt_id"], value_set=chosen))
@@ -120,7 +128,7 @@ def make_batch(
         oldest_version=_oldest_version(kept),
         rewards=mean_rewards(graded),
         used_groups=used,
-        flat_groups=found.counts.get(Check.CONSTANT_GROUPS, 0),
+        flat_groups=flat,
         left_out=len(records) - len(usable),
         advantages=credit,
         hygiene=found,

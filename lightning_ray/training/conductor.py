@@ -17,12 +17,12 @@ from pathlib import Path
 import ray
 
 from lightning_ray.agents import Task
-from lightning_ray.algorithms import make_algorithm
+from lightning_ray.algorithms import make_algorithm, own_loss
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.evaluation import HeldoutReport, Side
 from lightning_ray.gateway import make_roles
 from lightning_ray.learner import StepReport, read_state
-from lightning_ray.policies import PolicyRegistry, PolicyVersion, Releases, prune
+from lightning_ray.policies import PolicyRegistry
 from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
@@ -41,10 +41,11 @@ from lightning_ray.training.rolling import (
     run_rollouts,
 )
 from lightning_ray.training.samples import write_samples
+from lightning_ray.training.shipping import ship_by_value
 from lightning_ray.training.state import RunState
+from lightning_ray.training.versions import Versions
 from lightning_ray.trajectories import task_keys
 
-PUBLISH_TIMEOUT_S = 300.0
 CHECKPOINT_TIMEOUT_S = 900.0
 BATCH_TIMEOUT_S = 300.0
 
@@ -68,7 +69,7 @@ class Conductor:
         self._folder = folder
         self._parts = parts
         self._tracked = tracked
-        self._registry = registry
+        self._versions = Versions(config.policy, folder, registry)
         self._progress = progress
         self._order = TaskOrder(tasks, config.training.seed)
         self._heldout = list(heldout)
@@ -76,6 +77,7 @@ class Conductor:
         self._heldout_keys = task_keys((task.id, task.data) for task in heldout)
         self._hygiene = HygieneLog(folder.hygiene, config.hygiene)
         self._algorithm = make_algorithm(config.algorithm)
+        ship_by_value(self._algorithm)
         self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
         self.scored: list[Side] = []
@@ -111,7 +113,7 @@ class Conductor:
         reward or a hygiene check says to stop; the last checkpoint stays usable.
         """
         if self.state.step == 0:
-            self._register(0, self._base, None, 0, "base model")
+            self._versions.register(0, self._base, None, 0, "base model")
         while self.state.step < self._config.training.steps:
             begun = time.monotonic()
             metrics = self._step()
@@ -223,6 +225,7 @@ class Conductor:
             self._parts.store.read(ended),
             self._algorithm,
             self._config.policy.name,
+            self._config.algorithm.name,
             self._config.hygiene,
             self._heldout_keys or None,
         )
@@ -233,6 +236,8 @@ class Conductor:
                 f"the step's batch was not built within {BATCH_TIMEOUT_S:g} s"
             ) from error
         except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
             raise InfrastructureError(f"the step's batch was not built: {error.cause}") from error
 
     def _heed(self, step: int, batch: Batch) -> None:
@@ -250,7 +255,10 @@ class Conductor:
             self._progress.note("no group had any contrast: nothing to learn in this step")
             return None
         report = self._parts.learner.step(
-            sequences, self._algorithm.loss, self._config.training.step_timeout_s
+            sequences,
+            self._algorithm.loss,
+            self._config.training.step_timeout_s,
+            own_loss(self._algorithm),
         )
         if report.skipped is not None:
             self._progress.note(f"the learner skipped a step: {report.skipped}")
@@ -258,22 +266,14 @@ class Conductor:
 
     def _publish(self, step: int) -> None:
         """Makes the learner's weights the next version, and hands it to the engines."""
-        number = max(self._folder.last_version(), self.state.version) + 1
-        path = self._parts.learner.publish(self._folder.version(number), PUBLISH_TIMEOUT_S)
-        self._register(number, path, self.state.version, step, self._config.algorithm.name)
+        number, path = self._versions.publish(
+            self._parts.learner, self.state.version, step, self._config.algorithm.name
+        )
         self._parts.engines.update_weights(str(path), number)
         self.state.version = number
         # A run is resumed with the version its checkpoint was published as.
         kept = self._folder.whole_checkpoints()
-        prune(
-            self._registry,
-            self._folder.versions,
-            keep=self._config.policy.keep_versions,
-            pinned={self.peek(checkpoint).version for checkpoint in kept}
-            | Releases(self._registry.uri).needed_of_run(
-                self._config.policy.name, self._tracked.run_id
-            ),
-        )
+        self._versions.prune({self.peek(checkpoint).version for checkpoint in kept})
 
     def _checkpoint(self) -> None:
         with self._progress.phase("checkpoint"):
@@ -284,22 +284,6 @@ class Conductor:
                     path, self.state.to_json(), CHECKPOINT_TIMEOUT_S
                 )
             self._folder.prune_checkpoints(self._config.training.keep_checkpoints)
-
-    def _register(
-        self, number: int, path: Path, parent: int | None, step: int, created_by: str
-    ) -> None:
-        self._registry.register(
-            PolicyVersion(
-                policy=self._config.policy.name,
-                number=number,
-                path=path,
-                run_id=self._tracked.run_id,
-                parent=parent,
-                step=step,
-                created_by=created_by,
-                base_model=self._config.policy.model,
-            )
-        )
 
     def _require_usable(self, records: Sequence[RolloutRecord]) -> None:
         usable = sum(came_to_reward(record) for record in records)

@@ -91,8 +91,7 @@ class Parts:
                 for name, folder in models.items()
             }
             if learn:
-                self.learner = LearnerGroup(config.learner, self._base, self._folder.run_id)
-                self._at_end(self.learner.stop)
+                self._start_learner()
             for name, group in ((trained, self.engines), *self.frozen.items()):
                 answerers.append(Answerer(name, tuple(group.wait_ready()), group.key))
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
@@ -113,9 +112,18 @@ class Parts:
         self._at_end(group.stop)
         return group
 
+    def start_learner(self) -> None:
+        """Starts the learner alone: for a job that learns from what is there and runs no agent."""
+        with self._progress.phase("starting the DeepSpeed learner", slow=True):
+            self._start_learner()
+
     def stop(self) -> None:
         """Stops every part that was started, last first; one that fails does not keep the rest."""
         self._stack.close()
+
+    def _start_learner(self) -> None:
+        self.learner = LearnerGroup(self._config.learner, self._base, self._folder.run_id)
+        self._at_end(self.learner.stop)
 
     def _at_end(self, stop: Callable[[], None]) -> None:
         self._stack.callback(_stop_quietly, stop)

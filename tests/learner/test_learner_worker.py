@@ -16,6 +16,7 @@ from lightning_ray.algorithms import LossConfig
 from lightning_ray.errors import UserError
 from lightning_ray.learner import LearnerConfig, read_state
 from lightning_ray.learner.worker import LearnerWorker
+from lightning_ray.trajectories import with_advantages
 
 PLAIN = LearnerConfig(
     dtype="fp32", learning_rate=0.5, adam_epsilon=1.0, max_grad_norm=0.0, num_threads=1
@@ -110,6 +111,71 @@ def test_a_step_equals_plain_adamw_on_the_whole_batch(
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_row", "aggregation"), [(512, "token_mean"), (16, "sequence_mean")]
+)
+def test_a_step_of_cross_entropy_equals_pytorchs_on_the_unshared_sequences(
+    model_dir, tokens_per_row, aggregation
+):
+    worker = start(model_dir, tokens_per_row=tokens_per_row)
+    # Samples of unequal length and weight: a mean of means would not do.
+    rows = samples().to_pylist()
+    for index, row in enumerate(rows):
+        length = 13 + index % 4
+        for name in ("token_ids", "trainable", "logprobs", "versions"):
+            row[name] = row[name][:length]
+        row["advantages"] = [0.0] * 12 + [1.0 + index % 2] * (length - 12)
+    batch = pa.Table.from_pylist(rows, schema=samples().schema)
+    report = worker.step(batch, LossConfig(kind="cross_entropy", aggregation=aggregation))
+    model = load_plain(model_dir)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, eps=1.0, weight_decay=0.0)
+    losses, weights_of = [], []
+    for index, row in enumerate(rows):
+        ids = torch.tensor([row["token_ids"]])
+        logits = model(input_ids=ids).logits[0, 11:-1]
+        each = torch.nn.functional.cross_entropy(logits, ids[0, 12:], reduction="none")
+        losses.append(each)
+        share = 1.0 if aggregation == "token_mean" else 1.0 / len(each)
+        weights_of.append(torch.full_like(each, share * (1.0 + index % 2)))
+    weight = torch.cat(weights_of)
+    loss = (weight * torch.cat(losses)).sum() / weight.sum()
+    loss.backward()
+    optimizer.step()
+    expected = dict(model.named_parameters())
+    moved = largest_difference(expected, before)
+    assert moved > 1e-3
+    assert largest_difference(weights(worker), expected) <= 1e-5 * max(1.0, moved)
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert (report.rows == 1) == (tokens_per_row == 512) and report.clip_fraction == 0
+
+
+@pytest.mark.parametrize(("dtype", "zero_stage"), [("fp32", 1), ("bf16", 1)])
+def test_cross_entropy_falls_as_samples_are_learnt(model_dir, dtype, zero_stage):
+    config = LearnerConfig(dtype=dtype, zero_stage=zero_stage, learning_rate=3e-3, num_threads=1)
+    worker = start(model_dir, config)
+    batch = with_advantages(
+        samples(count=4), dict.fromkeys(samples(count=4)["attempt_id"].to_pylist(), 1.0)
+    )
+    losses = [worker.step(batch, LossConfig(kind="cross_entropy")).loss for _ in range(8)]
+    assert losses[-1] < 0.5 * losses[0]
+    mean = float(np.mean(np.concatenate(worker.logprobs(batch))))
+    assert -mean < losses[0]
+
+
+def test_a_loss_of_ones_own_is_used_in_place_of_the_named_one(model_dir):
+    worker = start(model_dir, tokens_per_row=16)
+    batch = on_policy(worker, samples())
+    old = np.concatenate(worker.logprobs(batch))
+    credit = np.concatenate([[row["advantages"][-1]] * 5 for row in batch.to_pylist()])
+    before = worker.logprobs(batch)
+    report = worker.step(batch, LOSS, lambda new, old, advantages: -advantages * new)
+    # The named loss of an on-policy batch is minus its mean advantage; this one has logprobs in it.
+    assert report.loss == pytest.approx(-(credit * old).mean(), rel=1e-4)
+    change = [float((b - a).mean()) for a, b in zip(before, worker.logprobs(batch), strict=True)]
+    assert min(change[:3]) > max(change[3:])
 
 
 @pytest.mark.parametrize(("dtype", "zero_stage"), KINDS)

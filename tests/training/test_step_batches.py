@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -5,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lightning_ray.algorithms import AlgorithmConfig, make_algorithm
+from lightning_ray.algorithms import AlgorithmConfig, LossConfig, make_algorithm
+from lightning_ray.errors import UserError
 from lightning_ray.rollouts import (
     AttemptOutcome,
     AttemptStatus,
@@ -158,6 +160,38 @@ def test_a_group_without_contrast_teaches_nothing(records: list[RolloutRecord]) 
     sequences, batch = batch_of(records + other, rows)
     assert {row["group_id"] for row in sequences} == {"h"}
     assert (batch.used_groups, batch.flat_groups, batch.oldest_version) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("credit", "says"),
+    [([0.0], "one number per attempt"), ([0.0, math.nan], "finite"), ("x", "could not convert")],
+)
+def test_credit_that_cannot_be_used_stops_the_step(credit: Any, says: str) -> None:
+    class Own:
+        loss = LossConfig()
+
+        def score_group(self, group: Any) -> Any:
+            return credit
+
+    records = [record("a", "g", 1.0), record("b", "g", 0.0)]
+    spans = pa.Table.from_batches([to_batch(calls("a/1", [1]) + calls("b/1", [2]))])
+    with pytest.raises(UserError, match=rf"algorithm.name=own:Own: score_group .*{says}"):
+        make_batch(records, spans, Own(), "policy", "own:Own")
+
+
+def test_an_algorithm_may_learn_from_a_group_whose_attempts_are_all_good() -> None:
+    class Imitate:
+        loss = LossConfig(kind="cross_entropy")
+
+        def score_group(self, group: Any) -> Any:
+            return (group.rewards >= 1.0).astype(float)
+
+    records = [record("a", "g", 1.0), record("b", "g", 1.0), record("c", "h", 0.0)]
+    rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("c/1", [3])
+    spans = pa.Table.from_batches([to_batch(rows)])
+    _, batch = make_batch(records, spans, Imitate(), "policy", "own:Imitate")
+    assert batch.advantages == {"a/1": 1.0, "b/1": 1.0}
+    assert (batch.used_groups, batch.flat_groups) == (1, 1)
 
 
 def test_an_attempt_without_exact_tokens_is_left_out() -> None:

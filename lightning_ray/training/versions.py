@@ -1,0 +1,65 @@
+"""The versions that a run makes: numbered, written, registered with their lineage, and pruned.
+
+Invariant: numbers only go up, over a resume too, and a version is never overwritten.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from lightning_ray.learner import LearnerGroup
+from lightning_ray.policies import PolicyConfig, PolicyRegistry, PolicyVersion, Releases, prune
+from lightning_ray.training.folder import RunFolder
+
+PUBLISH_TIMEOUT_S = 300.0
+
+
+class Versions:
+    """The versions of one policy in one run."""
+
+    def __init__(self, policy: PolicyConfig, folder: RunFolder, registry: PolicyRegistry):
+        self._policy = policy
+        self._folder = folder
+        self._registry = registry
+
+    def register(
+        self, number: int, path: Path, parent: int | None, step: int, created_by: str
+    ) -> None:
+        """Enters a version whose weights lie in `path`."""
+        self._registry.register(
+            PolicyVersion(
+                policy=self._policy.name,
+                number=number,
+                path=path,
+                run_id=self._registry.run_id,
+                parent=parent,
+                step=step,
+                created_by=created_by,
+                base_model=self._policy.model,
+            )
+        )
+
+    def publish(
+        self, learner: LearnerGroup, parent: int, step: int, created_by: str
+    ) -> tuple[int, Path]:
+        """Writes the learner's weights as the next version, made from `parent`, and registers it.
+
+        Returns its number and the folder of its weights.
+        """
+        # Those that a run lost when it was stopped keep their numbers.
+        number = max(self._folder.last_version(), parent) + 1
+        path = learner.publish(self._folder.version(number), PUBLISH_TIMEOUT_S)
+        self.register(number, path, parent, step, created_by)
+        return number, path
+
+    def prune(self, pinned: Collection[int]) -> None:
+        """Removes the weights of old versions, but for those that a checkpoint needs, `pinned`,
+        and those that are released."""
+        released = Releases(self._registry.uri).needed_of_run(
+            self._policy.name, self._registry.run_id
+        )
+        prune(
+            self._registry,
+            self._folder.versions,
+            keep=self._policy.keep_versions,
+            pinned={*pinned, *released},
+        )
