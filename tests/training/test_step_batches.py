@@ -174,9 +174,10 @@ def test_credit_that_cannot_be_used_stops_the_step(credit: Any, says: str) -> No
             return credit
 
     records = [record("a", "g", 1.0), record("b", "g", 0.0)]
-    spans = pa.Table.from_batches([to_batch(calls("a/1", [1]) + calls("b/1", [2]))])
+    rows = calls("a/1", [1]) + calls("b/1", [2]) + ends(records)
+    spans = pa.Table.from_batches([to_batch(rows)])
     with pytest.raises(UserError, match=rf"algorithm.name=own:Own: score_group .*{says}"):
-        make_batch(records, spans, Own(), "policy", "own:Own")
+        make_batch(records, spans, Own(), "policy", name="own:Own")
 
 
 def test_an_algorithm_may_learn_from_a_group_whose_attempts_are_all_good() -> None:
@@ -187,9 +188,10 @@ def test_an_algorithm_may_learn_from_a_group_whose_attempts_are_all_good() -> No
             return (group.rewards >= 1.0).astype(float)
 
     records = [record("a", "g", 1.0), record("b", "g", 1.0), record("c", "h", 0.0)]
-    rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("c/1", [3])
+    rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("c/1", [3]) + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)])
-    _, batch = make_batch(records, spans, Imitate(), "policy", "own:Imitate")
+    kept = HygieneConfig(constant_groups=HygienePolicy.off)
+    _, batch = make_batch(records, spans, Imitate(), "policy", kept, name="own:Imitate")
     assert batch.advantages == {"a/1": 1.0, "b/1": 1.0}
     assert (batch.used_groups, batch.flat_groups) == (1, 1)
 
@@ -309,8 +311,8 @@ def test_constant_groups_may_be_kept() -> None:
     records = [record("a", "g", 0.5), record("b", "g", 0.5)]
     rows = calls("a/1", [1]) + calls("b/1", [2])
     _, batch = batch_of(records, rows, constant_groups=HygienePolicy.warn)
-    assert (batch.used_groups, batch.flat_groups, batch.rows) == (1, 1, 2)
-    assert batch.advantages == {"a/1": 0.0, "b/1": 0.0}
+    # Not dropped for being constant, but GRPO gives no credit to anything in it.
+    assert (batch.used_groups, batch.flat_groups, batch.rows) == (0, 1, 0)
     assert batch.hygiene.counts[Check.CONSTANT_BATCHES] == 1
 
 
