@@ -28,6 +28,8 @@ class Parts:
     engines: InferenceGroup
     learner: LearnerGroup
     workers: WorkerGroup
+    url: str
+    """The gateway's base URL, "http://HOST:PORT"."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, base: Path, progress: Progress):
         """`base` is the folder of the base model; Ray must be up."""
@@ -37,10 +39,11 @@ class Parts:
         self._progress = progress
         self._stack = ExitStack()
 
-    def start(self, model: Path, version: int, learn: bool = True) -> None:
+    def start(self, model: Path, version: int, learn: bool = True, work: bool = True) -> None:
         """Starts everything; the engines answer with version `version`, whose weights are `model`.
 
-        Without `learn` there is no learner: for jobs that only run the agent.
+        Without `learn` there is no learner: for jobs that only run the agent; without
+        `work` no workers, for a job that starts its own.
 
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
@@ -67,9 +70,12 @@ class Parts:
             urls = self.engines.wait_ready()
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
             self._at_end(stop_gateway)
-            url = start_gateway(config.gateway, port, self.queue.actor, urls, self.engines.key)
-            self.workers = WorkerGroup(config.rollouts, config.agent, self.queue, self.store, url)
-            self._at_end(self.workers.stop)
+            self.url = start_gateway(config.gateway, port, self.queue.actor, urls, self.engines.key)
+            if work:
+                self.workers = WorkerGroup(
+                    config.rollouts, config.agent, self.queue, self.store, self.url
+                )
+                self._at_end(self.workers.stop)
 
     def stop(self) -> None:
         """Stops every part that was started, last first; one that fails does not keep the rest."""
