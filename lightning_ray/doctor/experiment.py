@@ -1,5 +1,6 @@
 """The experiment that would train an examined agent, ready to be written to a file."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
@@ -30,9 +31,9 @@ def experiment_yaml(
     text = yaml.safe_dump(
         {
             "name": agent.name,
-            "agent": described,
-            "gateway": {"models": list(models)},
-            "training": {"tasks": tasks or TASKS},
+            "agent": _literal(described),
+            "gateway": {"models": _literal(list(models))},
+            "training": {"tasks": _literal(tasks or TASKS)},
         },
         sort_keys=False,
         default_flow_style=None,
@@ -54,3 +55,15 @@ def train_command(overrides: Sequence[str]) -> str:
     return (
         'lightning-ray train "hydra.searchpath=[file://$PWD/conf]" experiment=mine ' + words
     ).strip()
+
+
+def _literal(value: Any) -> Any:
+    """The same value, with nothing in it that Hydra would read as an interpolation."""
+    if isinstance(value, dict):
+        return {name: _literal(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, str) and "${" in value:
+        # A backslash escapes the dollar, and each one before it has to be escaped in turn.
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return value

@@ -8,7 +8,8 @@ A request's note is taken before the agent reads the end of its answer.
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -116,6 +117,9 @@ class Tap:
             body = renamed(body, self._models[0])
         try:
             return await self._forward(request, body, note, place)
+        except _GoneError:
+            # Nobody reads this; the engine has stopped, for its connection is closed.
+            return web.Response(status=499)
         except aiohttp.ClientError as error:
             log.warning("the door did not answer: %s", error)
             self._exchanges[place] = note.exchange(502, b"the door did not answer")
@@ -138,20 +142,21 @@ class Tap:
                 if name.lower() not in _DROPPED:
                     passed.headers.add(name, value)
             passed.content_length = reply.content_length
-            await passed.prepare(request)
             if reply.content_length is not None:
                 whole = await reply.read()
                 self._exchanges[place] = note.exchange(reply.status, whole)
-                await passed.write(whole)
+                await _to_agent(passed.prepare(request))
+                await _to_agent(passed.write(whole))
                 return passed
+            await _to_agent(passed.prepare(request))
             seen = bytearray()
             async for part in reply.content.iter_any():
                 seen += part[: _NOTED_BYTES - len(seen)]
                 # As far as it went, should the agent leave now.
                 self._exchanges[place] = note.exchange(reply.status, bytes(seen), parse=False)
-                await passed.write(part)
+                await _to_agent(passed.write(part))
             self._exchanges[place] = note.exchange(reply.status, bytes(seen))
-            await passed.write_eof()
+            await _to_agent(passed.write_eof())
             return passed
 
     async def _attempt(self, capability: str) -> str:
@@ -161,6 +166,18 @@ class Tap:
                 return ""
             self._attempts[capability] = found
         return self._attempts[capability]
+
+
+class _GoneError(Exception):
+    """The agent went away."""
+
+
+async def _to_agent(writing: Awaitable[Any]) -> None:
+    # aiohttp has one error for both sides of a proxy that lose their connection.
+    try:
+        await writing
+    except ConnectionResetError as error:
+        raise _GoneError from error
 
 
 class _Note:
