@@ -47,7 +47,6 @@ class Evidence:
     """In the order in which the agent asked."""
     spans: pa.Table
     """Rows of SPAN_SCHEMA, those of `runs`."""
-    policy: str = "policy"
     graded: bool = False
     """Whether the rewards are a grader's of the user."""
     given: Sequence[str] = ()

@@ -104,7 +104,6 @@ class Doctor:
             runs=(),
             exchanges=self._tap.exchanges(attempts),
             spans=self._parts.store.get(attempts),
-            policy=self._config.policy.name,
             graded=graded,
             given=list(attempt_environment("http://127.0.0.1", "key")),
             left_behind=left_behind(self._tap.url),

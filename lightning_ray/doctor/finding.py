@@ -117,5 +117,7 @@ def _wrap(text: str, head: str) -> list[str]:
     indent = " " * len(head)
     lines = []
     for part in text.splitlines() or [""]:
-        lines += textwrap.wrap(part, _WIDTH - len(head), break_long_words=False) or [""]
+        lines += textwrap.wrap(
+            part, _WIDTH - len(head), break_long_words=False, break_on_hyphens=False
+        ) or [""]
     return [f"{head if place == 0 else indent}{line}".rstrip() for place, line in enumerate(lines)]

@@ -54,7 +54,7 @@ def test_a_finding_that_is_not_ok_says_what_to_change() -> None:
         Finding(Level.WARNING, "a", "bad")
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(WORDS, min_size=1, max_size=4), st.lists(WORDS, min_size=1, max_size=3))
 def test_the_experiment_that_is_proposed_is_the_agent_that_was_examined(
     tmp_path_factory: pytest.TempPathFactory, command: list[str], models: list[str]
