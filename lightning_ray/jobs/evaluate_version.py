@@ -7,7 +7,7 @@ weights and run the same tasks again.
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_ray.policies.models import resolve_model
 from lightning_ray.policies.registry import Weights
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.tracking.store import default_uri
-from lightning_ray.training import Parts, RunFolder, TrainConfig, check_train
+from lightning_ray.training import Parts, RunFolder, TrainConfig, TrainingConfig, check_train
 from lightning_ray.training.rehearsal import why
 from lightning_ray.training.rolling import (
     came_to_reward,
@@ -49,8 +49,9 @@ _SHAPE = (
 
 @dataclass
 class EvaluateConfig(TrainConfig):
-    """A training job's configuration, and gates."""
+    """A training job's configuration, and gates; it needs no training tasks."""
 
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(tasks=""))
     gate: GateConfig = field(default_factory=GateConfig)
 
 
@@ -166,7 +167,8 @@ def _of_run(
     """What a run was configured with, and the versions of it that are asked about."""
     roots = [o.removeprefix("output_dir=") for o in overrides if o.startswith("output_dir=")]
     folder = RunFolder.find(Path(roots[-1] if roots else "outputs"), words["run"], "run")
-    config = compose_config("train", EvaluateConfig, [*folder.overrides(), *overrides])
+    typed = [override for override in folder.overrides() if _is_shared(override)]
+    config = compose_config("train", EvaluateConfig, [*typed, *overrides])
     # Settles which policy is the trained one.
     check_train(config)
     # Beside the run, wherever the command is typed.
@@ -189,6 +191,13 @@ def _of_run(
                 f"against={against.number}: version {against.number} against itself; name another"
             )
     return config, subject, against
+
+
+def _is_shared(override: str) -> bool:
+    """Whether a setting of a run means something here; jobs that make versions have their own."""
+    key = override.lstrip("+~").partition("=")[0]
+    names = {item.name for item in fields(EvaluateConfig)} | {"experiment", "hydra"}
+    return key.partition(".")[0].partition("@")[0] in names
 
 
 def _version_of(
