@@ -142,7 +142,7 @@ def _about(
     tasks: int,
 ) -> dict[str, Any]:
     about = {
-        "run": words.get("run"),
+        "run": Path(words["run"]).name if "run" in words else None,
         "policy": config.policy.name,
         "version": subject.number if "run" in words else None,
         "model": str(subject.path),
