@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import psutil
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_ray.agents import load_tasks
+from lightning_ray.evaluation import heldout_scores
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.spans.segment import read_segment
 from lightning_ray.tracking import read_summary
@@ -166,6 +168,15 @@ def test_shared_prefix_is_computed_once(story):
     for row in summary.extra["history"]:
         if "tokens_batch" in row:
             assert row["tokens_computed"] < 0.6 * row["tokens_batch"]
+
+
+def test_scores_of_each_held_out_task_can_be_read_from_the_spans(story):
+    summary = read_summary(story.folder / "summary.json")
+    scores = heldout_scores(story.folder / "spans")
+    assert set(scores) == {0, STEPS}
+    for step, mean in ((0, summary.heldout_before), (STEPS, summary.heldout_after)):
+        rewards = scores[step].rewards["reward"]
+        assert len(rewards) == 16 and fmean(rewards.values()) == pytest.approx(mean)
 
 
 def _spans(folder: Path) -> list[dict]:
