@@ -28,6 +28,58 @@ COMMANDS = {
         (
             ("experiment=NAME [KEY=VALUE ...]", "train an agent; Hydra overrides as usual"),
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
+            ("--multirun KEY=A,B [KEY=VALUE ...]", "a sweep: a run for each combination"),
+            ("--multirun resume=SWEEP", "go on with a sweep's unfinished runs"),
+        ),
+    ),
+    "compare": Command(
+        "compare",
+        (
+            ("RUN RUN [RUN ...]", "what differs between runs, in figures and in a picture"),
+            ("SWEEP", "the same of a sweep's runs; also --json FILE --picture FILE --no-log"),
+        ),
+    ),
+    "serve": Command(
+        "serve",
+        (
+            (
+                "[experiment=NAME] [KEY=VALUE ...]",
+                "released versions behind the gateway, for live use",
+            ),
+        ),
+    ),
+    "release": Command(
+        "release",
+        (
+            ("status [POLICY]", "which versions serve, and why"),
+            ("canary POLICY VERSION [share=0.1]", "try a version on a share of conversations"),
+            ("promote POLICY [VERSION]", "make the candidate, or a version, the champion"),
+            ("rollback POLICY", "withdraw the candidate, or go back to the last champion"),
+        ),
+    ),
+    "submit": Command(
+        "submit",
+        (
+            ("COMMAND [ARGUMENT ...] [cluster.KEY=VALUE ...]", "run a command on a Ray cluster"),
+            ("ls | status JOB | logs JOB [-f] | stop JOB", "look after submitted jobs"),
+        ),
+    ),
+    "evaluate": Command(
+        "evaluate",
+        (
+            ("run=RUN [version=N] [against=M] [KEY=VALUE ...]", "a version on held-out tasks"),
+            ("experiment=NAME [against=FOLDER] [KEY=VALUE ...]", "policy.model on held-out tasks"),
+            ('spans=RUN [where="SQL"] [against=RUN] [...]', "the measures over recorded spans"),
+        ),
+    ),
+    "spans": Command(
+        "spans",
+        (
+            (
+                "check RUN [heldout=FILE] [hygiene.CHECK=POLICY ...] [--strict] [--json FILE]",
+                "what is wrong with a run's spans; status 3 where it must not be",
+            ),
+            ('sql RUN "SELECT ... FROM spans" [--csv FILE] [--parquet FILE]', "ask its spans"),
         ),
     ),
     "finetune": Command(

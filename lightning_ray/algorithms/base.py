@@ -87,10 +87,11 @@ class Group:
 class Algorithm(Protocol):
     """Credit for a group, and the loss it is meant for; made with an `AlgorithmConfig`.
 
-    `score_group` is called once per group, when every attempt of it has ended and has a reward. The
-    credit is put on the tokens, and the learner takes a step on them with `loss`. A group may have
-    fewer attempts than were asked for (those lost to a fault are left out), never none. One whose
-    credit is zero throughout teaches nothing: it is left out and counted.
+    `score_group` is called once per group, when every attempt of it has ended and has a reward;
+    groups without contrast are left out before, unless the checks of the data are told to keep
+    them. The credit is put on the tokens, and the learner takes a step on them with `loss`. A group
+    may have fewer attempts than were asked for (those lost to a fault are left out), never none.
+    One whose credit is zero throughout teaches nothing: it is left out and counted.
     """
 
     loss: LossConfig

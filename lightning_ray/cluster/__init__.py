@@ -4,7 +4,7 @@ Owns the connection and its environment. It must not know what runs on the clust
 """
 
 from lightning_ray.cluster.config import ClusterConfig, check_cluster
-from lightning_ray.cluster.connection import Connection
+from lightning_ray.cluster.connection import Connection, Needs
 from lightning_ray.cluster.environment import quiet_environment
 
-__all__ = ["ClusterConfig", "Connection", "check_cluster", "quiet_environment"]
+__all__ = ["ClusterConfig", "Connection", "Needs", "check_cluster", "quiet_environment"]

@@ -5,9 +5,11 @@ whatever state the job was in; and where the driver died without closing, its gu
 """
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import psutil
 import ray
@@ -21,11 +23,20 @@ log = logging.getLogger(__name__)
 KNOCK_TIMEOUT_S = 5.0
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the parts of a job ask Ray for, together. Ray would wait for it without an end."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+
+
 class Connection:
     """A job's connection to Ray; a context manager."""
 
-    def __init__(self, config: ClusterConfig):
+    def __init__(self, config: ClusterConfig, needs: Needs = Needs()):
         self._config = config
+        self._needs = needs
         self._local = config.address == "local"
         self._guardian: Guardian | None = None
 
@@ -39,18 +50,21 @@ class Connection:
         }
         if self._local:
             self._guardian = Guardian()
+            # More than there are share what there is: every part of a job is needed at once.
+            plenty = max(2, os.cpu_count() or 2, math.ceil(self._needs.cpus))
             ray.init(
                 address="local",
-                num_cpus=config.num_cpus or max(2, os.cpu_count() or 2),
+                num_cpus=config.num_cpus or plenty,
                 object_store_memory=config.object_store_mib * 1024 * 1024,
                 include_dashboard=False,
                 **common,
             )
             children = psutil.Process().children()
             self._guardian.watch([c for c in children if c.pid != self._guardian.pid])
+            self._require_room()
             return self
         try:
-            _knock(config.address)
+            knock(config.address)
             ray.init(address=config.address, **common)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -58,6 +72,7 @@ class Connection:
                 f"cluster.address={config.address}: no Ray cluster answers there ({reason}); "
                 "start one, or use cluster.address=local"
             ) from error
+        self._require_room()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,8 +89,19 @@ class Connection:
             self._guardian.dismiss()
             self._guardian = None
 
+    def _require_room(self) -> None:
+        """Raises UserError when the cluster is too small for the job as a whole."""
+        total = ray.cluster_resources()
+        for name, needed in (("CPU", self._needs.cpus), ("GPU", self._needs.gpus)):
+            if needed > total.get(name, 0.0):
+                raise UserError(
+                    f"the job's parts ask for {needed:g} {name}s and the cluster has "
+                    f"{total.get(name, 0.0):g}; lower inference.num_{name.lower()}s and "
+                    f"learner.num_{name.lower()}s, or add nodes"
+                )
 
-def _knock(address: str) -> None:
+
+def knock(address: str) -> None:
     """Raises OSError when nothing listens at HOST:PORT; Ray itself tries for over a minute."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():

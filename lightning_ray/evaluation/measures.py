@@ -5,7 +5,7 @@ and `n` is what remains.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -60,6 +60,44 @@ def paired_difference(
     return _bootstrap(_measured(second - first), confidence)
 
 
+def share(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """`successes` of `n` with Wilson's interval; NaN throughout where `n` is 0."""
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    return _wilson(successes, n, confidence)
+
+
+def ratio(
+    numerators: ArrayLike, denominators: ArrayLike, confidence: float = CONFIDENCE
+) -> Interval:
+    """sum(numerators) / sum(denominators) over pairs, and its percentile bootstrap over pairs.
+
+    A resample whose denominators sum to 0 counts as infinity, so the upper bound may be infinite.
+
+    Raises:
+        ValueError: the two differ in shape, or the denominators sum to 0.
+    """
+    above = np.asarray(numerators, dtype=np.float64).ravel()
+    below = np.asarray(denominators, dtype=np.float64).ravel()
+    if above.shape != below.shape or below.sum() == 0:
+        raise ValueError(f"no ratio of {above.shape} and {below.shape} that sum to {below.sum()}")
+    value = float(above.sum() / below.sum())
+    if above.size == 1:
+        return Interval(value, -math.inf, math.inf, 1)
+    ratios = []
+    for drawn in _resamples(above.size):
+        sums = below[drawn].sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = above[drawn].sum(axis=1) / sums
+        ratios.append(np.where(sums == 0, math.inf, found))
+    every = np.concatenate(ratios)
+    tail = (1 - confidence) / 2
+    # Without interpolation: between a number and infinity lies nothing to interpolate.
+    low = np.quantile(every, tail, method="lower")
+    high = np.quantile(every, 1 - tail, method="higher")
+    return Interval(value, min(float(low), value), max(float(high), value), above.size)
+
+
 def _measured(values: ArrayLike | Sequence[float]) -> NDArray[np.float64]:
     flat = np.asarray(values, dtype=np.float64).ravel()
     return flat[~np.isnan(flat)]
@@ -85,14 +123,16 @@ def _bootstrap(values: NDArray[np.float64], confidence: float) -> Interval:
     mean = float(values.mean())
     if n == 1:
         return Interval(mean, -math.inf, math.inf, 1)
-    generator = np.random.default_rng(0)
-    means = np.empty(_RESAMPLES)
-    chunk = max(1, _CHUNK // n)
-    for start in range(0, _RESAMPLES, chunk):
-        count = min(chunk, _RESAMPLES - start)
-        drawn = generator.integers(0, n, size=(count, n))
-        means[start : start + count] = values[drawn].mean(axis=1)
+    means = np.concatenate([values[drawn].mean(axis=1) for drawn in _resamples(n)])
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     # The mean lies in its own interval, whatever rounding did to the resampled means.
     return Interval(mean, min(float(low), mean), max(float(high), mean), n)
+
+
+def _resamples(n: int) -> Iterator[NDArray[np.int64]]:
+    """Indices of 10,000 resamples of `n` values from a fixed seed, in chunks (resamples, n)."""
+    generator = np.random.default_rng(0)
+    chunk = max(1, _CHUNK // n)
+    for start in range(0, _RESAMPLES, chunk):
+        yield generator.integers(0, n, size=(min(chunk, _RESAMPLES - start), n))

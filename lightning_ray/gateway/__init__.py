@@ -1,10 +1,39 @@
 """The gateway: the one HTTP door, on Ray Serve.
 
-Owns who is calling, which policy answers, and what may pass. It must not know how a policy learns,
-and it does not parse or rebuild replies.
+Owns who is calling, which role is played and so which policy answers, which prompt takes the place
+of the agent's own, and what may pass. It must not know how a policy learns, and it does not rebuild
+replies.
 """
 
-from lightning_ray.gateway.config import GatewayConfig, check_gateway
+from lightning_ray.gateway.answerers import Answerer, upstream_answerer
+from lightning_ray.gateway.config import (
+    GatewayConfig,
+    RoleConfig,
+    ServingConfig,
+    check_gateway,
+    check_serving,
+)
+from lightning_ray.gateway.fleet import Fleet
+from lightning_ray.gateway.live import LiveDoor, start_desk
+from lightning_ray.gateway.roles import Role, describe, make_roles, models_of
 from lightning_ray.gateway.serving import choose_port, start_gateway, stop_gateway
 
-__all__ = ["GatewayConfig", "check_gateway", "choose_port", "start_gateway", "stop_gateway"]
+__all__ = [
+    "Answerer",
+    "Fleet",
+    "GatewayConfig",
+    "LiveDoor",
+    "Role",
+    "RoleConfig",
+    "ServingConfig",
+    "check_gateway",
+    "check_serving",
+    "choose_port",
+    "describe",
+    "make_roles",
+    "models_of",
+    "start_desk",
+    "start_gateway",
+    "stop_gateway",
+    "upstream_answerer",
+]

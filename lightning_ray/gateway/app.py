@@ -1,14 +1,18 @@
 """The door: one Ray Serve application that every agent speaks to.
 
-It finds out who is calling (the capability in the path), which policy answers (the model name), and
-passes bytes to an engine and back. Replies are not parsed or rebuilt: what the agent reads is what
-the engine's own handler wrote. An attempt's calls stay on one engine, for its prefix cache.
+It finds out who is calling (the capability in the path; live, an API key), which policy answers
+(the role that the request matches), and passes bytes to an engine or an upstream and back. Replies
+are not rebuilt: what the agent reads is what the engine's own handler wrote. A request is passed on
+as it came, unless a prompt version takes the place of its system prompt or an upstream wants
+another model name. An attempt's calls stay on one engine, for its prefix cache.
 """
 
 import asyncio
+import json
 import logging
-import zlib
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -17,10 +21,22 @@ from ray import serve
 from ray.actor import ActorHandle
 from starlette.responses import Response, StreamingResponse
 
+from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
-from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, requested_model
+from lightning_ray.gateway.desk import Passage, conversation_of
+from lightning_ray.gateway.live import ROLLOUT_HEADER, LiveDoor, parse_feedback
+from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
+from lightning_ray.gateway.roles import Role, describe
+from lightning_ray.gateway.system_prompt import apply_prompt
+from lightning_ray.gateway.upstream import (
+    UpstreamCall,
+    upstream_body,
+    upstream_headers,
+    upstream_url,
+)
 from lightning_ray.inference import Attribution, attribution_headers
 from lightning_ray.rollouts import Identity
+from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +58,8 @@ _DROPPED = frozenset(
     }
 )
 _OURS = "x-lightning-ray-"
+VERSION_HEADER = "x-lightning-ray-version"
+FEEDBACK = "/v1/feedback"
 
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -58,12 +76,26 @@ class _Refusal(Exception):
 # Serve pickles the class where it is decorated, so what its methods use stands above it.
 
 
-async def _relay(reply: aiohttp.ClientResponse) -> Response:
-    headers = {
+@dataclass(frozen=True)
+class _Call:
+    """A request that may be passed on."""
+
+    path: str
+    content: bytes
+    by: Attribution
+    answerer: Answerer
+
+
+def _reply_headers(reply: aiohttp.ClientResponse) -> dict[str, str]:
+    return {
         name.lower(): value
         for name, value in reply.headers.items()
         if name.lower() not in _DROPPED and name.lower() != "server"
     }
+
+
+async def _relay(reply: aiohttp.ClientResponse) -> Response:
+    headers = _reply_headers(reply)
     if "content-length" in reply.headers:
         async with reply:
             return Response(await reply.read(), reply.status, headers)
@@ -82,58 +114,213 @@ def _error(path: str, status: int, message: str) -> Response:
     return Response(error_body(path, status, message), status, headers)
 
 
+def _require_served(path: str, request: Request) -> None:
+    if path not in (CALLS if request.method == "POST" else LISTINGS):
+        raise _Refusal(404, f"{request.method} {path} is not served here")
+
+
+def _key_of(request: Request) -> str:
+    """The caller's API key, as OpenAI's clients send it or as Anthropic's do."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return request.headers.get("x-api-key", "")
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        return parse_body(content)
+    except ValueError as error:
+        raise _Refusal(400, f"the body cannot be read: {error}") from error
+
+
+def _request_headers(request: Request) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in request.headers.items()
+        if name not in _DROPPED and not name.startswith(_OURS)
+    }
+
+
+def _with_prompt(
+    path: str, content: bytes, body: dict[str, Any], role: Role, identity: Identity
+) -> tuple[bytes, str]:
+    """The request with the prompt version that is under test, and that version's label."""
+    for prompt in identity.prompts:
+        if prompt.name == role.policy and (changed := apply_prompt(path, body, prompt)) is not None:
+            return json.dumps(changed).encode(), prompt.label
+    return content, ""
+
+
 @serve.deployment(max_ongoing_requests=4096)
 @serve.ingress(app)
 class Gateway:
     """A replica of the door."""
 
-    def __init__(self, config: GatewayConfig, queue: ActorHandle, urls: list[str], key: str):
-        """`queue` knows which capabilities are live; `urls` and `key` reach the engines."""
+    def __init__(
+        self,
+        config: GatewayConfig,
+        queue: ActorHandle | None,
+        roles: Sequence[Role],
+        answerers: Sequence[Answerer],
+        spans: SpanClient,
+        live: LiveDoor | None = None,
+    ):
+        """`queue` knows which capabilities are live; `spans` takes what upstreams answer."""
         self._config = config
         self._queue = queue
-        self._urls = urls
-        self._key = key
+        self._roles = tuple(roles)
+        self._answerers = {answerer.policy: answerer for answerer in answerers}
+        self._spans = spans
+        self._desk = live.desk if live else None
+        self._serving = live.config if live else None
+        self._run_id = live.run_id if live else ""
         self._session: aiohttp.ClientSession | None = None
 
     @app.api_route("/a/{capability}/{path:path}", methods=["GET", "POST"])
     async def call(self, capability: str, path: str, request: Request) -> Response:
-        """One call of an agent, unstreamed or streamed."""
+        """One call of an attempt, unstreamed or streamed."""
         path = "/" + path
+        return await self._answer(path, self._attempt(capability, path, request))
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST"])
+    async def live(self, path: str, request: Request) -> Response:
+        """One call of live traffic, or feedback on it."""
+        path = "/v1/" + path
+        return await self._answer(path, self._live(path, request))
+
+    async def _answer(self, path: str, answer: Coroutine[Any, Any, Response]) -> Response:
         try:
             async with asyncio.timeout(self._config.call_timeout_s):
-                return await self._forward(capability, path, request)
+                return await answer
         except _Refusal as refusal:
             return _error(path, refusal.status, refusal.message)
         except TimeoutError:
             limit = self._config.call_timeout_s
             return _error(path, 504, f"no answer within {limit:g} s (gateway.call_timeout_s)")
         except aiohttp.ClientError as error:
-            log.error("an engine did not answer: %s", error)
+            log.error("no answer: %s", error)
             return _error(path, 502, "the engine did not answer; try again")
 
-    async def _forward(self, capability: str, path: str, request: Request) -> Response:
-        identity: Identity | None = await self._queue.resolve.remote(capability)
+    async def _attempt(self, capability: str, path: str, request: Request) -> Response:
+        identity: Identity | None = None
+        if self._queue is not None:
+            identity = await self._queue.resolve.remote(capability)
         if identity is None:
             raise _Refusal(401, "this base URL belongs to no running attempt")
-        allowed = CALLS if request.method == "POST" else LISTINGS
-        if path not in allowed:
-            raise _Refusal(404, f"{request.method} {path} is not served here")
-        body = await self._body(request)
-        role = self._role(body) if request.method == "POST" else ""
-        attribution = Attribution(
-            identity.run_id, identity.rollout_id, identity.attempt_id, role, path
+        _require_served(path, request)
+        if request.method == "GET":
+            return await self._list(path, request, identity)
+        content = await self._body(request)
+        body = _parsed(content)
+        role = self._role(path, body, request)
+        answerer = self._answerers[role.policy]
+        return await self._pass_on(path, content, body, role, identity, answerer, request, {})
+
+    async def _live(self, path: str, request: Request) -> Response:
+        if self._desk is None or self._serving is None:
+            raise _Refusal(404, "no live traffic is served here: an attempt has a path of its own")
+        caller: str | None = await self._desk.caller.remote(_key_of(request))
+        if caller is None:
+            raise _Refusal(401, "this API key is not known here (serving.keys)")
+        if path == FEEDBACK and request.method == "POST":
+            return await self._feedback(caller, _parsed(await self._body(request)))
+        _require_served(path, request)
+        if request.method == "GET":
+            return self._own_list()
+        content = await self._body(request)
+        body = _parsed(content)
+        role = self._role(path, body, request)
+        conversation = conversation_of(request.headers, self._serving.conversation_header, body)
+        passage: Passage | None = await self._desk.admit.remote(caller, conversation, role.policy)
+        if passage is None:
+            raise _Refusal(503, f"no version of {role.policy} serves yet; promote one")
+        identity = passage.identity
+        # The engine makes the reply's id of it, so that feedback can name the reply alone.
+        extra = {"x-request-id": f"{identity.rollout_id}-{secrets.token_hex(4)}"}
+        reply = await self._pass_on(
+            path, content, body, role, identity, passage.answerer, request, extra
         )
-        headers = {
-            name: value
-            for name, value in request.headers.items()
-            if name not in _DROPPED and not name.startswith(_OURS)
-        }
-        headers |= attribution_headers(self._key, attribution)
-        url = self._urls[zlib.crc32(identity.rollout_id.encode()) % len(self._urls)] + path
+        reply.headers[ROLLOUT_HEADER] = identity.rollout_id
+        reply.headers[VERSION_HEADER] = f"{role.policy}@{passage.version}"
+        return reply
+
+    async def _feedback(self, caller: str, body: dict[str, Any]) -> Response:
+        try:
+            feedback = parse_feedback(body)
+        except ValueError as error:
+            raise _Refusal(400, str(error)) from error
+        assert self._desk is not None
+        if not await self._desk.owns.remote(caller, feedback.rollout_id):
+            raise _Refusal(404, f"no conversation {feedback.rollout_id} of this key")
+        await self._spans.append(feedback.spans(self._run_id, caller))
+        kept = json.dumps({"rollout": feedback.rollout_id, "kept": True})
+        return Response(kept, media_type="application/json")
+
+    async def _pass_on(
+        self,
+        path: str,
+        content: bytes,
+        body: dict[str, Any],
+        role: Role,
+        identity: Identity,
+        answerer: Answerer,
+        request: Request,
+        extra: dict[str, str],
+    ) -> Response:
+        """Sends the call to who answers it."""
+        content, prompt = _with_prompt(path, content, body, role, identity)
+        by = Attribution(
+            identity.run_id, identity.rollout_id, identity.attempt_id, role.name, path, prompt
+        )
+        if answerer.upstream is not None:
+            return await self._ask_upstream(_Call(path, content, by, answerer), request)
+        headers = _request_headers(request) | extra | attribution_headers(answerer.key, by)
+        url = answerer.url_for(identity.rollout_id) + path
         reply = await self._client().request(
-            request.method, url, params=request.query_params, data=body or None, headers=headers
+            "POST", url, params=request.query_params, data=content or None, headers=headers
         )
         return await _relay(reply)
+
+    async def _list(self, path: str, request: Request, identity: Identity) -> Response:
+        """The models that may be asked for: as the one engine says, or our own list of several."""
+        (only, *others) = self._answerers.values()
+        if not others and only.upstream is None:
+            by = Attribution(identity.run_id, identity.rollout_id, identity.attempt_id, "", path)
+            headers = _request_headers(request) | attribution_headers(only.key, by)
+            url = only.url_for(identity.rollout_id) + path
+            return await _relay(await self._client().request("GET", url, headers=headers))
+        return self._own_list()
+
+    def _own_list(self) -> Response:
+        names = dict.fromkeys(role.model for role in self._roles)
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "lightning-ray"}
+            for name in names
+        ]
+        return Response(
+            json.dumps({"object": "list", "data": models}), media_type="application/json"
+        )
+
+    async def _ask_upstream(self, call: _Call, request: Request) -> Response:
+        upstream = call.answerer.upstream
+        assert upstream is not None
+        # Parsed again where a prompt was put in: what is recorded is what was asked.
+        body = upstream_body(upstream, _parsed(call.content))
+        headers = _request_headers(request) | upstream_headers(upstream, call.path)
+        asked = UpstreamCall(self._spans, upstream, call.answerer.policy, call.by, body)
+        reply = await self._client().request(
+            "POST",
+            upstream_url(upstream, call.path),
+            params=request.query_params,
+            data=json.dumps(body).encode(),
+            headers=headers,
+        )
+        passed = _reply_headers(reply)
+        if "text/event-stream" in reply.headers.get("content-type", ""):
+            return StreamingResponse(asked.stream(reply), reply.status, passed)
+        async with reply:
+            return Response(await asked.whole(reply), reply.status, passed)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.max_body_bytes
@@ -146,15 +333,16 @@ class Gateway:
             parts.append(part)
         return b"".join(parts)
 
-    def _role(self, body: bytes) -> str:
-        try:
-            model = requested_model(body)
-        except ValueError as error:
-            raise _Refusal(400, f"the body cannot be read: {error}") from error
-        if model not in self._config.models:
-            names = ", ".join(self._config.models)
-            raise _Refusal(404, f"no model {model!r} here; the models are: {names}")
-        return model
+    def _role(self, path: str, body: dict[str, Any], request: Request) -> Role:
+        for role in self._roles:
+            if role.matches(path, body, request.headers):
+                return role
+        model = body.get("model")
+        same = [role for role in self._roles if role.model == model]
+        if same:
+            raise _Refusal(404, f"no role matches this request; the roles are: {describe(same)}")
+        names = ", ".join(dict.fromkeys(role.model for role in self._roles))
+        raise _Refusal(404, f"no model {model!r} here; the models are: {names}")
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:

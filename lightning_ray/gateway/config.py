@@ -6,6 +6,20 @@ from lightning_ray.errors import UserError
 
 
 @dataclass
+class RoleConfig:
+    """One part that an agent's system plays, and which policy answers it."""
+
+    policy: str = ""
+    """Name of the policy; empty is the trained one."""
+    model: str = ""
+    """The model name that it asks for."""
+    system: str | None = None
+    """Regular expression found in its system prompt; tells apart roles that ask for one name."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Request headers that it sends, each with its exact value."""
+
+
+@dataclass
 class GatewayConfig:
     """The one HTTP door."""
 
@@ -19,10 +33,45 @@ class GatewayConfig:
     """Processors that Ray sets aside for one replica."""
     models: list[str] = field(default_factory=lambda: ["gpt-4o-mini"])
     """Model names that agents ask for; each is answered by the trained policy."""
+    roles: dict[str, RoleConfig] = field(default_factory=dict)
+    """Roles by name, for agents that ask several policies; in place of `models`."""
     max_body_bytes: int = 16 * 1024 * 1024
     """Largest request body, bytes."""
     call_timeout_s: float = 300.0
     """Longest that one call may take, seconds."""
+
+
+@dataclass
+class ServingConfig:
+    """Live traffic: callers with keys, conversations, released versions."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    """Callers by name, each with the environment variable that holds its key."""
+    conversation_header: str = "x-conversation-id"
+    """Request header that tells a caller's conversations apart; without it, how they begin does."""
+    conversation_idle_s: float = 1800.0
+    """A conversation without a call for so long is over, seconds."""
+    max_engines: int = 2
+    """Versions of one policy that have engines at the same time: champion, candidate, earlier."""
+    poll_s: float = 0.25
+    """How often the registry is asked where the releases stand, seconds."""
+
+
+def check_serving(config: ServingConfig) -> None:
+    """Raises UserError for values that nobody can be served with."""
+    if not config.keys:
+        raise UserError(
+            "serving.keys is empty: name a caller and the environment variable with its key, "
+            "+serving.keys.web=WEB_API_KEY"
+        )
+    if config.max_engines < 2:
+        raise UserError(
+            f"serving.max_engines={config.max_engines}: champion and candidate need one each, so "
+            "at least 2"
+        )
+    for name in ("conversation_idle_s", "poll_s"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"serving.{name}={getattr(config, name)}: must be above 0 seconds")
 
 
 def check_gateway(config: GatewayConfig) -> None:
@@ -31,7 +80,7 @@ def check_gateway(config: GatewayConfig) -> None:
         raise UserError(f"gateway.port={config.port}: must be 0 (any free port) to 65535")
     if config.num_replicas < 1:
         raise UserError(f"gateway.num_replicas={config.num_replicas}: must be at least 1")
-    if not config.models:
+    if not config.models and not config.roles:
         raise UserError("gateway.models is empty: list the model names that the agent asks for")
     if config.call_timeout_s <= 0 or config.max_body_bytes < 1:
         raise UserError("gateway.call_timeout_s and gateway.max_body_bytes must be above 0")

@@ -1,6 +1,7 @@
 """The protocols that pass through the door: their paths, and the shape of their errors."""
 
 import json
+from typing import Any
 
 CALLS = frozenset(
     {
@@ -36,13 +37,12 @@ def error_body(path: str, status: int, message: str) -> bytes:
     return json.dumps({"error": {**error, "param": None, "code": status}}).encode()
 
 
-def requested_model(body: bytes) -> str | None:
-    """The model name in a request, or None. Raises ValueError when the body is not JSON."""
+def parse_body(content: bytes) -> dict[str, Any]:
+    """A request's JSON object. Raises ValueError when it is none."""
     try:
-        request = json.loads(body)
+        request = json.loads(content)
     except RecursionError as error:
         raise ValueError("the body is nested too deeply") from error
     if not isinstance(request, dict):
         raise ValueError("the body is not a JSON object")
-    model = request.get("model")
-    return model if isinstance(model, str) else None
+    return request

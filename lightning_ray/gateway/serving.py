@@ -2,13 +2,18 @@
 
 import logging
 import socket
+from collections.abc import Sequence
 
 import ray
 from ray import serve
 from ray.actor import ActorHandle
 
 from lightning_ray.errors import UserError
+from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
+from lightning_ray.gateway.live import LiveDoor
+from lightning_ray.gateway.roles import Role
+from lightning_ray.spans import SpanClient
 
 APP = "lightning-ray"
 
@@ -28,9 +33,18 @@ def choose_port(config: GatewayConfig) -> int:
 
 
 def start_gateway(
-    config: GatewayConfig, port: int, queue: ActorHandle, urls: list[str], key: str
+    config: GatewayConfig,
+    port: int,
+    queue: ActorHandle | None,
+    roles: Sequence[Role],
+    answerers: Sequence[Answerer],
+    spans: SpanClient,
+    live: LiveDoor | None = None,
 ) -> str:
-    """Starts the door and returns its base URL, "http://HOST:PORT"."""
+    """Starts the door and returns its base URL, "http://HOST:PORT".
+
+    `queue` lets attempts in, `live` callers with keys.
+    """
     # Imported late: the module needs Ray Serve's decorators, which read the environment.
     from lightning_ray.gateway.app import Gateway
 
@@ -46,7 +60,7 @@ def start_gateway(
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.num_cpus},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
-    ).bind(config, queue, urls, key)
+    ).bind(config, queue, list(roles), list(answerers), spans, live)
     serve.run(bound, name=APP, route_prefix="/")
     host = config.host
     if host in ("0.0.0.0", "::"):

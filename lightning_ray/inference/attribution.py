@@ -16,6 +16,7 @@ RUN_HEADER = "x-lightning-ray-run"
 ROLLOUT_HEADER = "x-lightning-ray-rollout"
 ATTEMPT_HEADER = "x-lightning-ray-attempt"
 ROLE_HEADER = "x-lightning-ray-role"
+PROMPT_HEADER = "x-lightning-ray-prompt"
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -34,6 +35,8 @@ class Attribution:
     """The model name that the agent asked for, or what it was told apart by."""
     path: str
     """The protocol's path, "/v1/chat/completions" say."""
+    prompt: str = ""
+    """The prompt version that took the place of the agent's own, NAME@VERSION; empty for none."""
 
 
 current_attribution: ContextVar[Attribution | None] = ContextVar("attribution", default=None)
@@ -55,7 +58,7 @@ class AttributionMiddleware:
             await _refuse(scope, send)
             return
         # Nothing of ours is shown to the handlers, and so to no log of theirs.
-        ours = {KEY_HEADER, RUN_HEADER, ROLLOUT_HEADER, ATTEMPT_HEADER, ROLE_HEADER}
+        ours = {KEY_HEADER, RUN_HEADER, ROLLOUT_HEADER, ATTEMPT_HEADER, ROLE_HEADER, PROMPT_HEADER}
         scope["headers"] = [
             (name, value) for name, value in scope["headers"] if name.decode("latin-1") not in ours
         ]
@@ -67,6 +70,7 @@ class AttributionMiddleware:
                 attempt_id=headers[ATTEMPT_HEADER].decode(),
                 role=headers.get(ROLE_HEADER, b"").decode(),
                 path=scope["path"],
+                prompt=headers.get(PROMPT_HEADER, b"").decode(),
             )
         token = current_attribution.set(attribution)
         try:
@@ -77,13 +81,16 @@ class AttributionMiddleware:
 
 def attribution_headers(key: str, attribution: Attribution) -> dict[str, str]:
     """The headers by which a gateway tells an engine whose call it forwards."""
-    return {
+    headers = {
         KEY_HEADER: key,
         RUN_HEADER: attribution.run_id,
         ROLLOUT_HEADER: attribution.rollout_id,
         ATTEMPT_HEADER: attribution.attempt_id,
         ROLE_HEADER: attribution.role,
     }
+    if attribution.prompt:
+        headers[PROMPT_HEADER] = attribution.prompt
+    return headers
 
 
 async def _refuse(scope: Scope, send: Send) -> None:

@@ -36,6 +36,8 @@ class InferenceConfig:
     """Processors that Ray sets aside for one engine."""
     num_gpus: float = 0.0
     """GPUs that Ray sets aside for one engine."""
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Labels that a node must have for an engine to be placed there (Ray's label selectors)."""
     start_timeout_s: float = 300.0
     """Longest that an engine may take to load and answer, seconds."""
     update_timeout_s: float = 120.0

@@ -31,6 +31,7 @@ class InferenceGroup:
         actor = ray.remote(InferenceEngine).options(
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
+            label_selector=config.node_labels or None,
             max_concurrency=1000,
             runtime_env={"env_vars": engine_environment(config)},
         )

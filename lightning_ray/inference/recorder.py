@@ -105,6 +105,7 @@ class CallRecorder:
                         "choice": index,
                         "prompt_tokens": len(prompt),
                         "sampling": dict(call.sampling),
+                        **({"prompt": call.attribution.prompt} if call.attribution.prompt else {}),
                         "first_token_ms": _milliseconds(call.start_ns, call.first_token_ns),
                     },
                 )

@@ -11,19 +11,23 @@ from contextlib import contextmanager
 from lightning_ray.cluster import Connection
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.tracking.mlflow_run import RunStatus
-from lightning_ray.training import Parts, TrainConfig
+from lightning_ray.training import Parts, TrainConfig, needs_of
 
 
 @contextmanager
 def session(
-    config: TrainConfig, parts: Parts, tracked: TrackedRun, progress: Progress, again: str
+    config: TrainConfig,
+    parts: Parts,
+    tracked: TrackedRun,
+    progress: Progress,
+    again: str,
 ) -> Iterator[None]:
     """Ray is up inside; afterwards the parts are stopped and the MLflow run is closed.
 
     `again` is the command that goes on with the job, told when it did not finish.
     """
     status = RunStatus.FAILED
-    connection = Connection(config.cluster)
+    connection = Connection(config.cluster, needs_of(config))
     try:
         with progress.phase("starting Ray", slow=True):
             connection.__enter__()

@@ -3,11 +3,11 @@
     lightning-ray train experiment=calculator
     lightning-ray train experiment=calculator algorithm.group_size=4 training.steps=10
     lightning-ray train resume=RUN            # go on from the last checkpoint
+    lightning-ray train --multirun experiment=calculator seed=0,1,2   # a sweep, see jobs/sweep.py
 
 The run's folder holds everything: spans, versions, checkpoints, the curve, summary.json.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +15,17 @@ from typing import Any
 
 from lightning_ray.agents import AgentConfig, Task, check_agent, load_tasks
 from lightning_ray.errors import UserError
-from lightning_ray.evaluation import HeldoutReport, write_report
-from lightning_ray.gateway import choose_port
+from lightning_ray.evaluation import (
+    GateConfig,
+    HeldoutReport,
+    evaluate,
+    write_evaluation,
+    write_report,
+)
+from lightning_ray.gateway import choose_port, upstream_answerer
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.session import session
+from lightning_ray.jobs.sweep import is_multirun, sweep
 from lightning_ray.learner import check_model_dir
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.policies.models import resolve_model
@@ -32,22 +39,60 @@ from lightning_ray.tracking import (
 )
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
+from lightning_ray.training.hygiene_log import totals
+from lightning_ray.trajectories import HygienePolicy, task_key
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs or resumes a training job. Raises UserError for what the user can mend."""
+    """Runs or resumes a training job or a sweep. Raises UserError for what the user can mend."""
+    if is_multirun(arguments):
+        sweep("train", arguments, _check_child)
+        return
     config, folder, overrides = _configure(arguments)
+    tasks, heldout, base = _check(config)
+    resuming = folder is not None
+    if folder is None:
+        folder = RunFolder.create(Path(config.output_dir), config.name, overrides)
+    _train(config, folder, tasks, heldout, base, resuming)
+
+
+def _check(config: TrainConfig) -> tuple[list[Task], list[Task], Path]:
+    """All that can be wrong, before anything starts; the tasks, the held-out tasks, the model."""
     check_train(config)
     settle_paths(config.agent)
     tasks, heldout = _load_tasks(config)
     check_agent(config.agent, [*tasks, *heldout])
     choose_port(config.gateway)
     base = resolve_model(config.policy.model)
+    for policy in config.policies.values():
+        if policy.is_upstream:
+            upstream_answerer(policy)
+        else:
+            resolve_model(policy.model)
     check_model_dir(base)
-    resuming = folder is not None
-    if folder is None:
-        folder = RunFolder.create(Path(config.output_dir), config.name, overrides)
-    _train(config, folder, tasks, heldout, base, resuming)
+    return tasks, heldout, base
+
+
+def _check_child(overrides: Sequence[str]) -> TrainConfig:
+    """The checked configuration of a sweep's child."""
+    config = compose_config("train", TrainConfig, overrides)
+    _check(config)
+    return config
+
+
+def check(arguments: Sequence[str]) -> None:
+    """What can be told of a job that will run elsewhere, from a folder like this one.
+
+    Raises UserError for what the user can mend.
+    """
+    if any(argument.startswith("resume=") for argument in arguments):
+        # The run, and what was typed for it, lie over there.
+        return
+    config: TrainConfig = compose_config("train", TrainConfig, arguments)
+    check_train(config)
+    for path in (config.training.tasks, config.evaluation.tasks):
+        if path is not None and not Path(path).is_absolute():
+            load_tasks(path)
 
 
 def _train(
@@ -70,9 +115,13 @@ def _train(
     with progress:
         progress.note(f"run {folder.run_id} in {folder.path}")
         tracked = TrackedRun.start(
-            config.tracking, root, folder.run_id, resume=facts.get("mlflow_run_id")
+            config.tracking,
+            root,
+            folder.run_id,
+            resume=facts.get("mlflow_run_id"),
+            tags=facts.get("tags"),
         )
-        folder.write_facts({"mlflow_run_id": tracked.run_id, "base_model": str(base)})
+        folder.write_facts({**facts, "mlflow_run_id": tracked.run_id, "base_model": str(base)})
         tracked.log_config(resolved(config))
         uri = config.tracking.uri or default_uri(root)
         registry = PolicyRegistry(uri, config.policy.name, tracked.run_id)
@@ -83,7 +132,7 @@ def _train(
                 config, folder, parts, tracked, registry, progress, tasks, heldout, base
             )
             _start(parts, conductor, folder, base, checkpoint)
-            _run(conductor, folder, tracked, base, uri)
+            _run(conductor, config, folder, tracked, base, uri)
 
 
 def _start(
@@ -99,10 +148,17 @@ def _start(
 
 
 def _run(
-    conductor: Conductor, folder: RunFolder, tracked: TrackedRun, base: Path, uri: str
+    conductor: Conductor,
+    config: TrainConfig,
+    folder: RunFolder,
+    tracked: TrackedRun,
+    base: Path,
+    uri: str,
 ) -> None:
     """Score, train, score again, and leave the results."""
     state = conductor.state
+    if state.step == 0:
+        conductor.rehearse()
     if state.step == 0 and (before := conductor.evaluate()) is not None:
         state.heldout_before = asdict(before)
         tracked.log_metrics(_metrics(before), 0)
@@ -132,12 +188,31 @@ def _run(
                 "heldout_before_report": state.heldout_before,
                 "heldout_after_report": None if after is None else asdict(after),
                 "rollouts_left_out": state.left_out,
+                "hygiene": totals(state.history),
                 "history": state.history,
             },
         ),
     )
     tracked.log_artifact(folder.summary)
+    if after is not None:
+        _leave_measures(conductor, config, folder, tracked)
+    if folder.hygiene.is_file():
+        tracked.log_artifact(folder.hygiene)
     conductor.say_results(before_mean, after_mean, model, ui_command(uri), tracked.url_fragment)
+
+
+def _leave_measures(
+    conductor: Conductor, config: TrainConfig, folder: RunFolder, tracked: TrackedRun
+) -> None:
+    """The operator's measures of the last version, against the first where this process saw it."""
+    subject = conductor.scored[-1]
+    against = conductor.scored[0] if len(conductor.scored) > 1 else None
+    evaluation = evaluate(subject, against, config.evaluation, GateConfig())
+    about = {"run": folder.run_id, "version": conductor.state.version}
+    for path in write_evaluation(
+        folder.path, evaluation, subject, against, config.evaluation, about
+    ):
+        tracked.log_artifact(path)
 
 
 def _leave_pictures(
@@ -182,24 +257,25 @@ def settle_paths(agent: AgentConfig) -> None:
 
 
 def _load_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
-    """Training and held-out tasks. Raises UserError when a held-out task is trained on."""
+    """Training and held-out tasks. Raises UserError when a held-out task is trained on.
+
+    With another `hygiene.leakage` than stop it is for the checks of its step to see to that.
+    """
     tasks = load_tasks(config.training.tasks)
     if config.evaluation.tasks is None:
         return tasks, []
     heldout = load_tasks(config.evaluation.tasks)
-    trained = {_content(task): task.id for task in tasks}
+    if config.hygiene.leakage is not HygienePolicy.stop:
+        return tasks, heldout
+    trained = {task_key(task.data): task.id for task in tasks}
     for task in heldout:
-        if (other := trained.get(_content(task))) is not None:
+        if (other := trained.get(task_key(task.data))) is not None:
             raise UserError(
                 f"held-out task {task.id} of {config.evaluation.tasks} is training task {other} of "
-                f"{config.training.tasks}; take it out of one of them"
+                f"{config.training.tasks}; take it out of one of them, or leave its rollouts out "
+                "with hygiene.leakage=drop"
             )
     return tasks, heldout
-
-
-def _content(task: Task) -> str:
-    # Whatever order its fields, and theirs, are written in.
-    return json.dumps({k: v for k, v in task.data.items() if k != "id"}, sort_keys=True)
 
 
 def _mean(report: dict[str, Any] | None) -> float | None:

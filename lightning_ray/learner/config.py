@@ -5,7 +5,7 @@ Invariant: checked without importing torch or DeepSpeed, before any actor starts
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_ray.errors import UserError
@@ -46,6 +46,8 @@ class LearnerConfig:
     """What an actor asks of Ray."""
     num_gpus: float = 0.0
     """What an actor asks of Ray; 0 trains on the CPU."""
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Labels that a node must have for an actor to be placed there (Ray's label selectors)."""
     start_timeout_s: float = 600.0
     """How long the group may take to load the model and meet."""
 

@@ -49,6 +49,7 @@ class LearnerGroup:
                 name=f"learner-{run_name}-{rank}",
                 num_cpus=config.num_cpus,
                 num_gpus=config.num_gpus,
+                label_selector=config.node_labels or None,
                 runtime_env={"env_vars": _environment(config)},
             ).remote(config, str(folder), rank)
             for rank in range(config.num_ranks)

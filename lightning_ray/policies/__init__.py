@@ -1,12 +1,24 @@
 """The versions of a policy: numbered, immutable, with their lineage, on the MLflow registry.
 
-Owns which versions there are, where their weights lie, and which weights are still kept. It does
-not know how a version was made. The application side and the learning side both read it; it
-imports neither.
+Owns which versions there are, where their weights lie, which weights are still kept, and which
+versions are released. It does not know how a version was made. The application side and the
+learning side both read it; it imports neither.
 """
 
-from lightning_ray.policies.config import PolicyConfig
+from lightning_ray.policies.config import PolicyConfig, UpstreamConfig, settle_policies
+from lightning_ray.policies.prompts import PromptVersion
 from lightning_ray.policies.registry import PolicyRegistry, PolicyVersion
+from lightning_ray.policies.releases import Release, Releases
 from lightning_ray.policies.retention import prune
 
-__all__ = ["PolicyConfig", "PolicyRegistry", "PolicyVersion", "prune"]
+__all__ = [
+    "PolicyConfig",
+    "PolicyRegistry",
+    "PolicyVersion",
+    "PromptVersion",
+    "Release",
+    "Releases",
+    "UpstreamConfig",
+    "prune",
+    "settle_policies",
+]

@@ -8,7 +8,7 @@ How our numbers map to MLflow's: one registered model per policy, across runs, s
 point at any run's version. MLflow counts the entries of a registered model from 1 in the order in
 which they come. Ours count from 0 (the base) within each run, and are the tag
 `lightning_ray.version`; (`lightning_ray.run`, `lightning_ray.version`) names a version. MLflow
-copies nothing: an entry's source is the folder where the weights lie. Aliases are left alone.
+copies nothing: an entry's source is the folder where the weights lie. Aliases are `releases`'s.
 """
 
 import socket
@@ -82,6 +82,7 @@ class PolicyRegistry:
             )
         self.name = name
         self.run_id = run_id
+        self.uri = uri
         self._client = open_client(uri)
         # An MLflow server refuses a source on a local path outside the run's own artifacts.
         self._host = socket.gethostname() if is_server(uri) else None
@@ -109,7 +110,7 @@ class PolicyRegistry:
             earlier = self._newest(self._search(version.number)).get(version.number)
             superseded = None
             if earlier is not None:
-                found = _read(self.name, earlier)
+                found = read_version(self.name, earlier)
                 _refuse_other(found, version)
                 if found.digest == version.digest:
                     if found.weights is not Weights.PRESENT and version.path.exists():
@@ -128,7 +129,7 @@ class PolicyRegistry:
     def versions(self) -> list[PolicyVersion]:
         """Every version of the run, by ascending number; superseded ones are left out."""
         newest = self._newest(self._search())
-        return [_read(self.name, newest[number]) for number in sorted(newest)]
+        return [read_version(self.name, newest[number]) for number in sorted(newest)]
 
     def get(self, number: int) -> PolicyVersion:
         """The version `number`.
@@ -142,7 +143,7 @@ class PolicyRegistry:
                 f"policy {self.name!r} has no version {number} in run {self.run_id}: "
                 f"it has {[version.number for version in self.versions()]}"
             )
-        return _read(self.name, entry)
+        return read_version(self.name, entry)
 
     def latest(self) -> PolicyVersion:
         """The version with the highest number.
@@ -232,7 +233,8 @@ def _tags(version: PolicyVersion, superseded: str | None) -> dict[str, str]:
     return {f"{_PREFIX}{name}": value for name, value in tags.items()}
 
 
-def _read(policy: str, entry: Any) -> PolicyVersion:
+def read_version(policy: str, entry: Any) -> PolicyVersion:
+    """A version from its entry in MLflow's registry."""
     tags = {name.removeprefix(_PREFIX): value for name, value in entry.tags.items()}
     source = urlsplit(entry.source)
     remote = source.scheme == _SOURCE_SCHEME

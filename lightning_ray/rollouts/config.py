@@ -1,6 +1,6 @@
 """Configuration of rollouts (Hydra group `rollouts`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_ray.errors import UserError
 
@@ -21,6 +21,8 @@ class RolloutsConfig:
     """Longest that the trainer waits for the rollouts of one batch, seconds."""
     num_cpus: float = 0.0
     """Processors that Ray sets aside for one worker."""
+    node_labels: dict[str, str] = field(default_factory=dict)
+    """Labels that a node must have for a worker to be placed there (Ray's label selectors)."""
 
 
 def check_rollouts(config: RolloutsConfig) -> None:

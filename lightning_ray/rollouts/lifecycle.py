@@ -172,7 +172,9 @@ class Lifecycle:
         rollout.attempts.append(attempt)
         rollout.status = RolloutStatus.RUNNING
         self._attempts += 1
-        self._open[attempt.digest] = Identity(self._run_id, spec.rollout_id, attempt.attempt_id)
+        self._open[attempt.digest] = Identity(
+            self._run_id, spec.rollout_id, attempt.attempt_id, spec.prompts
+        )
         return Lease(
             run_id=self._run_id,
             rollout_id=spec.rollout_id,

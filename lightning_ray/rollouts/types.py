@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from lightning_ray.policies import PromptVersion
+
 
 class RolloutStatus(StrEnum):
     """Where a rollout stands."""
@@ -53,6 +55,8 @@ class RolloutSpec:
     max_attempts: int = 2
     group_id: str = ""
     """Rollouts of one group are samples of the same task, compared with each other."""
+    prompts: tuple[PromptVersion, ...] = ()
+    """Prompts that the gateway puts in the place of the agent's own in this rollout."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Identity:
     run_id: str
     rollout_id: str
     attempt_id: str
+    prompts: tuple[PromptVersion, ...] = ()
+    """As in the rollout's spec."""
 
 
 @dataclass(frozen=True)

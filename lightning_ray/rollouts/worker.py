@@ -223,7 +223,10 @@ class WorkerGroup:
     ):
         """Starts the workers; they take work at once. Raises what `RolloutWorker.start` raises."""
         actor = ray.remote(RolloutWorker).options(
-            num_cpus=config.num_cpus, max_concurrency=100, max_restarts=0
+            num_cpus=config.num_cpus,
+            label_selector=config.node_labels or None,
+            max_concurrency=100,
+            max_restarts=0,
         )
         self._workers = [
             actor.remote(agent, config.slots_per_worker, queue.actor, spans, gateway_url)

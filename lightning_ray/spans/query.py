@@ -4,8 +4,10 @@ Invariant: what a live store acknowledged is read; segments are memory-mapped, s
 copy of its tokens. A folder may be read while a store writes to it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -27,6 +29,12 @@ def read_folder(folder: Path) -> pa.Table:
     return table.sort_by([("attempt_id", "ascending"), ("sequence", "ascending")])
 
 
+class Query(Protocol):
+    """A SQL query over a table, as `query` describes it."""
+
+    def __call__(self, sql: str, parameters: Sequence[object] = ()) -> pa.Table: ...
+
+
 def query(
     spans: pa.Table,
     sql: str,
@@ -38,16 +46,30 @@ def query(
     The query reads these tables alone: neither files nor the network. `attributes` is JSON text,
     for DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
     """
+    with querying(spans, tables) as ask:
+        return ask(sql, parameters)
+
+
+@contextmanager
+def querying(spans: pa.Table, tables: Mapping[str, pa.Table] | None = None) -> Iterator[Query]:
+    """`query` for several queries over one table: opening DuckDB costs more than asking it."""
     import duckdb
 
     with duckdb.connect(config={"enable_external_access": "false"}) as connection:
         for name, table in {"spans": spans, **(tables or {})}.items():
             connection.register(name, table)
-        try:
-            connection.execute("SET lock_configuration = true")
-            answer = connection.sql(sql, params=list(parameters))
-            if answer is None:
-                raise UserError("the query cannot be run: it gives no rows; begin it with SELECT")
-            return answer.to_arrow_table()
-        except duckdb.Error as error:
-            raise UserError(f"the query cannot be run: {' '.join(str(error).split())}") from error
+        connection.execute("SET lock_configuration = true")
+
+        def ask(sql: str, parameters: Sequence[object] = ()) -> pa.Table:
+            try:
+                answer = connection.sql(sql, params=list(parameters))
+                if answer is None:
+                    raise UserError(
+                        "the query cannot be run: it gives no rows; begin it with SELECT"
+                    )
+                return answer.to_arrow_table()
+            except duckdb.Error as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"the query cannot be run: {reason}") from error
+
+        yield ask

@@ -22,6 +22,10 @@ HELDOUT = "heldout"
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_DASHES = ("-", "--", ":")
+# What fits under one plot: of tick labels side by side, and of the legend.
+_TICK_CHARACTERS = 30
+_LEGEND_CHARACTERS = 28
 _INK = "#2b2f36"
 _FAINT = "#8b929c"
 _SMOOTHING_STEPS = 5
@@ -60,35 +64,39 @@ def plot_learning_curves(
     """Draw several runs, such as seeds, into `path`: one plot a measure, one colour a run.
 
     `histories` maps a run's label to its rows. The first and last held-out score of every run
-    have a plot of their own, at the right.
+    have a plot of their own, at the right. Beyond six runs the colours come again, dashed.
     """
     drawn = [
         name for name in measures if any(name in row for rows in histories.values() for row in rows)
     ]
     heldout = any(HELDOUT in row for rows in histories.values() for row in rows)
     count = max(1, len(drawn) + heldout)
-    figure = _figure(1.2 + 2.9 * count, 3.4)
+    longest = max(map(len, histories), default=0)
+    columns = max(1, min(len(histories), _LEGEND_CHARACTERS * count // max(1, longest)))
+    legend_rows = -(-len(histories) // columns)
+    figure = _figure(1.2 + 2.9 * count, 3.2 + 0.22 * legend_rows)
     plots = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     colours = dict(zip(histories, _cycle(len(histories)), strict=True))
+    dashes = {label: _DASHES[at // len(_COLOURS) % 3] for at, label in enumerate(histories)}
     for axes, name in zip(plots, drawn, strict=False):
         for label, rows in histories.items():
-            _line(axes, rows, name, colours[label], label=label)
+            _line(axes, rows, name, colours[label], label=label, dashes=dashes[label])
         _finish(axes, name, legend=False)
     if heldout:
         _before_and_after(plots[-1], histories, list(colours.values()))
         _finish(plots[-1], "held-out, before and after", legend=False)
-        plots[-1].set_xticks(range(len(histories)), list(histories))
+        fits = longest * len(histories) <= _TICK_CHARACTERS
+        ticks = list(histories) if fits else [str(at + 1) for at in range(len(histories))]
+        plots[-1].set_xticks(range(len(histories)), ticks)
         plots[-1].set_xlim(-0.6, len(histories) - 0.4)
-        plots[-1].set_xlabel("run", color=_INK)
+        plots[-1].set_xlabel("run" if fits else "run, in the legend's order", color=_INK)
     for axes in plots[1:]:
         axes.set_ylabel("")
     handles = [
-        plots[0].plot([], [], color=colour, linewidth=2.2, label=label)[0]
+        plots[0].plot([], [], dashes[label], color=colour, linewidth=2.2, label=label)[0]
         for label, colour in colours.items()
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     if title:
         figure.suptitle(title, color=_INK, fontsize=12, fontweight="bold")
     _save(figure, path)
@@ -109,13 +117,19 @@ def _cycle(count: int) -> list[str]:
     return [_COLOURS[at % len(_COLOURS)] for at in range(count)]
 
 
-def _line(axes: "Axes", history: History, name: str, colour: str, label: str) -> None:
+def _line(
+    axes: "Axes", history: History, name: str, colour: str, label: str, dashes: str = "-"
+) -> None:
     points = sorted((row["step"], row[name]) for row in history if name in row)
     if not points:
         return
     steps, values = (np.asarray(column, dtype=float) for column in zip(*points, strict=True))
     axes.plot(steps, values, color=colour, linewidth=0.9, alpha=0.35)
-    axes.plot(steps, _smooth(values), color=colour, linewidth=2.2, label=label)
+    # A run of one step has no line to be seen.
+    marker = "o" if len(points) == 1 else ""
+    axes.plot(
+        steps, _smooth(values), dashes, color=colour, linewidth=2.2, label=label, marker=marker
+    )
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -149,7 +149,7 @@ class TrackedRun:
 
         safe = masked(resolved)
         known = self._client.get_run(self.run_id).data.params
-        params = [Param(name, value) for name, value in _flat(safe).items() if name not in known]
+        params = [Param(name, value) for name, value in flat(safe).items() if name not in known]
         for batch in _batches(params, _PARAMS_PER_BATCH):
             self._client.log_batch(self.run_id, params=batch)
         earlier = {file.path for file in self._client.list_artifacts(self.run_id)}
@@ -257,13 +257,13 @@ def _name(name: str) -> str:
     return _NOT_IN_NAMES.sub("_", name)[:_NAME_LENGTH]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested mappings as `{"a.b": "1"}`, in MLflow's limits; lists stay whole."""
     if isinstance(value, Mapping) and value:
-        flat: dict[str, str] = {}
+        found: dict[str, str] = {}
         for key, item in value.items():
-            flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
-        return flat
+            found.update(flat(item, f"{prefix}.{key}" if prefix else str(key)))
+        return found
     text = str(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
     text = text.removesuffix("\n").removesuffix("\n...")
     if len(text) > _PARAM_LENGTH:

@@ -16,6 +16,8 @@ MASK = "***"
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
 _TOKENIZER = re.compile(r"tokenizer", re.IGNORECASE)
 _TOKENS = re.compile(r"tokens(?![a-z])", re.IGNORECASE)
+_CHOICES = frozenset({"inexact_tokens"})
+"""Settings of ours that are one of a few words, and so cannot hold a secret."""
 
 
 def masked(config: Any) -> Any:
@@ -23,7 +25,8 @@ def masked(config: Any) -> Any:
 
     A leaf is secret where a name on the way to it matches *key*, *token*, *secret*, *passw* or
     *credential*. Spared are empty values, switches, counts (numbers called `...tokens`) and
-    tokenizers. Passwords inside URLs are masked wherever they stand.
+    tokenizers, and settings of ours that are a choice of words. Passwords inside URLs are masked
+    wherever they stand.
     """
     return _masked(config, ())
 
@@ -41,6 +44,8 @@ def _masked(value: Any, names: tuple[str, ...]) -> Any:
 
 
 def _is_secret(name: str, value: Any) -> bool:
+    if name in _CHOICES:
+        return False
     rest = _TOKENIZER.sub("", name)
     if isinstance(value, int | float):
         rest = _TOKENS.sub("", rest)

@@ -22,6 +22,7 @@ DATABASE_FILE = "mlflow.db"
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow's own defaults (7 retries, 120 s each) let a lost server hold a step for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",

@@ -73,7 +73,7 @@ def read_summary(path: Path) -> RunSummary:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` whole or not at all; numbers that are not finite become null."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -84,6 +84,11 @@ def write_json(path: Path, value: Any) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def json_text(value: Any) -> str:
+    """`value` as readable JSON; numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ not know what happens inside a room: it calls what each room exports.
 from lightning_ray.training.conductor import Conductor
 from lightning_ray.training.config import TrainConfig, TrainingConfig, check_train
 from lightning_ray.training.folder import RunFolder
-from lightning_ray.training.parts import Parts
+from lightning_ray.training.parts import Parts, needs_of
 from lightning_ray.training.state import RunState
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "check_train",
+    "needs_of",
 ]

@@ -1,6 +1,10 @@
-"""From the rollouts of a step to the batch that the learner trains on."""
+"""From the rollouts of a step to the batch that the learner trains on.
 
-from collections.abc import Sequence
+Invariant: what the hygiene policies drop is gone before credit is computed, so an attempt that is
+left out moves no other attempt's baseline.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +14,16 @@ import pyarrow.compute as pc
 from lightning_ray.algorithms import Algorithm, Group, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
 from lightning_ray.trajectories import (
+    AttemptFacts,
     BuildReport,
+    Check,
+    HygieneConfig,
+    HygieneReport,
+    Place,
     build_sequences,
+    distinct_spans,
+    inspect,
+    recorded_errors,
     trainable_counts,
     with_advantages,
 )
@@ -23,7 +35,7 @@ class Batch:
 
     report: BuildReport
     rows: int
-    """Sequences to learn from; 0 when no group got any credit."""
+    """Sequences to learn from; 0 when nothing was left, say because no group got any credit."""
     oldest_version: int | None
     """Of the tokens to learn from; None when there are none."""
     rewards: dict[str, float]
@@ -32,9 +44,12 @@ class Batch:
     flat_groups: int
     """Groups whose credit is zero throughout: nothing to learn."""
     left_out: int
-    """Rollouts that came to no reward, or whose tokens are not exact."""
+    """Rollouts that came to no reward, whose tokens are not exact, or that a check dropped; those
+    of flat groups are not among them."""
     advantages: dict[str, float]
     """Credit per attempt of the used groups."""
+    hygiene: HygieneReport
+    """What the checks found, and what was dropped for it."""
 
 
 def make_batch(
@@ -43,26 +58,56 @@ def make_batch(
     algorithm: Algorithm,
     policy: str,
     name: str = "grpo",
+    hygiene: HygieneConfig | None = None,
+    heldout: Mapping[str, str] | None = None,
 ) -> tuple[pa.Table, Batch]:
     """Builds sequences, groups them by task, and gives them the algorithm's credit.
 
     Returns the sequences (SEQUENCE_SCHEMA) of the groups to learn from, and what is known of them.
 
-    `records` are the step's rollouts, ended; `spans` holds the spans of their latest attempts. Only
-    a rollout that succeeded is used: a crash or a timeout is no reward of zero. `name` is what the
-    configuration calls the algorithm. Raises UserError when it cannot score a group.
+    `records` are the step's rollouts, ended; `spans` holds the spans of their attempts. Only the
+    latest attempt of a rollout that succeeded is used: a crash or a timeout is no reward of zero.
+    `name` is what the configuration calls the algorithm. `hygiene` says what is done about defects
+    (None: the defaults), `heldout` are the `task_keys` of the held-out tasks. A check that says to
+    stop does not raise here: the batch's report says so. Raises UserError when the algorithm cannot
+    score a group.
     """
+    checks = HygieneConfig() if hygiene is None else hygiene
+    spans, repeated = distinct_spans(spans, checks)
     graded = [r for r in records if r.status is RolloutStatus.SUCCEEDED and r.outcome is not None]
     groups = {record.attempt_id: record.spec.group_id for record in graded}
     sequences, report = build_sequences(spans, groups, policy)
     lengths = trainable_counts(sequences)
-    usable = [record for record in graded if lengths.get(record.attempt_id, 0) > 0]
+    errors = recorded_errors(spans)
+    learnable = {attempt for attempt, length in lengths.items() if length > 0}
+    found = inspect(
+        spans,
+        [facts for record in records for facts in _facts(record, errors)],
+        checks,
+        inexact=report.inexact,
+        repeated=repeated,
+        heldout=heldout,
+        policy=policy,
+        learnable=learnable,
+    )
+    flat_checks = (None, Check.CONSTANT_GROUPS, Check.CONSTANT_BATCHES)
+    usable = [
+        record
+        for record in graded
+        if record.attempt_id in learnable
+        and "reward" in _rewards(record)
+        and found.dropped.get(record.attempt_id) in flat_checks
+    ]
     members: dict[str, list[RolloutRecord]] = {}
     for record in usable:
         members.setdefault(record.spec.group_id, []).append(record)
     credit: dict[str, float] = {}
     used = flat = 0
     for group_id, group_records in members.items():
+        # What is left of a group is constant as a whole or not at all.
+        if group_records[0].attempt_id in found.dropped:
+            flat += 1
+            continue
         group = Group(
             group_id,
             np.array([_rewards(record)["reward"] for record in group_records]),
@@ -86,8 +131,33 @@ def make_batch(
         flat_groups=flat,
         left_out=len(records) - len(usable),
         advantages=credit,
+        hygiene=found,
     )
     return with_advantages(kept, credit), batch
+
+
+def _facts(record: RolloutRecord, errors: Mapping[str, str]) -> list[AttemptFacts]:
+    """What the queue knows of a rollout's attempts; only the latest one is up for training."""
+    spec = record.spec
+    if not record.attempts:
+        status = f"{record.status.value} before it began"
+        return [AttemptFacts(spec.rollout_id, status, task_id=spec.task_id)]
+    earlier = [
+        AttemptFacts(attempt, status.value, error=errors.get(attempt, ""), task_id=spec.task_id)
+        for attempt, status in record.attempts[:-1]
+    ]
+    attempt, status = record.attempts[-1]
+    outcome = record.outcome
+    latest = AttemptFacts(
+        attempt,
+        status.value,
+        Place(spec.group_id, batch="step"),
+        error="" if outcome is None else outcome.error,
+        task_id=spec.task_id,
+        task=spec.task,
+        reward=_rewards(record).get("reward"),
+    )
+    return [*earlier, latest]
 
 
 def _oldest_version(sequences: pa.Table) -> int | None:

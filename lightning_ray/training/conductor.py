@@ -9,7 +9,6 @@ Invariants: a version is never overwritten; a checkpoint holds weights, optimise
 one moment, so a resumed run continues step count, versions and the order of tasks.
 """
 
-import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -20,22 +19,32 @@ import ray
 from lightning_ray.agents import Task
 from lightning_ray.algorithms import make_algorithm, own_loss
 from lightning_ray.errors import InfrastructureError, UserError
-from lightning_ray.evaluation import HeldoutReport
+from lightning_ray.evaluation import HeldoutReport, Side
+from lightning_ray.gateway import make_roles
 from lightning_ray.learner import StepReport, read_state
 from lightning_ray.policies import PolicyRegistry
-from lightning_ray.rollouts import RolloutRecord, RolloutSpec, RolloutStatus
+from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
 from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
+from lightning_ray.training.hygiene_log import HygieneLog, totals
+from lightning_ray.training.names import MEASURING, REHEARSAL
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
+from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
+from lightning_ray.training.rolling import (
+    came_to_reward,
+    note_failures,
+    outcomes_of,
+    rollout_specs,
+    run_rollouts,
+)
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.shipping import ship_by_value
 from lightning_ray.training.state import RunState
 from lightning_ray.training.versions import Versions
-
-log = logging.getLogger(__name__)
+from lightning_ray.trajectories import task_keys
 
 CHECKPOINT_TIMEOUT_S = 900.0
 BATCH_TIMEOUT_S = 300.0
@@ -65,9 +74,14 @@ class Conductor:
         self._order = TaskOrder(tasks, config.training.seed)
         self._heldout = list(heldout)
         self._base = base
+        self._heldout_keys = task_keys((task.id, task.data) for task in heldout)
+        self._hygiene = HygieneLog(folder.hygiene, config.hygiene)
         self._algorithm = make_algorithm(config.algorithm)
         ship_by_value(self._algorithm)
+        self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
+        self.scored: list[Side] = []
+        """What `evaluate` saw since this process began, oldest first."""
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
         self._session = secrets.token_hex(3)
 
@@ -80,12 +94,23 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
+        self._hygiene.restore(self.state.step)
+
+    def rehearse(self) -> None:
+        """Tries a few tasks before the run begins. Raises UserError for what cannot work."""
+        with self._progress.phase("rehearsing", slow=True):
+            tasks = self._order.take(0, REHEARSED_TASKS)
+            records = self._rollouts(REHEARSAL, tasks, 1)
+        spans = self._parts.store.get([r.attempt_id for r in records if r.attempts])
+        note = check_rehearsal(records, spans, self._roles, self._config.policy.name)
+        if note is not None:
+            self._progress.note(note)
 
     def train(self) -> None:
         """Trains up to `training.steps`, and leaves a checkpoint of the end.
 
         Raises InfrastructureError when a part is lost, UserError when too few rollouts come to a
-        reward; the last checkpoint stays usable.
+        reward or a hygiene check says to stop; the last checkpoint stays usable.
         """
         if self.state.step == 0:
             self._versions.register(0, self._base, None, 0, "base model")
@@ -109,13 +134,16 @@ class Conductor:
         with self._progress.phase(f"scoring version {self.state.version}", slow=True):
             samples = self._config.evaluation.samples_per_task
             # Named after the step: the spans of two evaluations must not meet in one attempt.
-            prefix = f"heldout-s{self.state.step:05d}"
+            prefix = f"{MEASURING}-s{self.state.step:05d}"
             records = self._rollouts(prefix, self._heldout, samples)
-        self._warn_of_failures(records)
-        if not any(_graded(record) for record in records):
-            raise UserError(f"no held-out rollout came to a reward; the first: {_why(records[0])}")
+        note_failures(records, self._progress)
+        if not any(came_to_reward(record) for record in records):
+            raise UserError(f"no held-out rollout came to a reward; the first: {why(records[0])}")
+        label = f"{self._folder.run_id} version {self.state.version}"
+        outcomes = outcomes_of(records, self._parts.store, self._config.evaluation)
+        self.scored.append(Side(label, outcomes))
         return HeldoutReport.from_rewards(
-            [r.outcome.rewards if _graded(r) and r.outcome else None for r in records],
+            [r.outcome.rewards if came_to_reward(r) and r.outcome else None for r in records],
             policy=self._config.policy.name,
             version=self.state.version,
             step=self.state.step,
@@ -128,6 +156,8 @@ class Conductor:
         say = self._progress.note
         if before is not None and after is not None:
             say(f"held-out score {before:.3f} before, {after:.3f} after")
+        found = [f"{count} {name}" for name, count in totals(self.state.history).items() if count]
+        say(f"data checks found {', '.join(found) or 'nothing'}: {self._folder.hygiene}")
         say(f"learning curve    {self._folder.curve}")
         say(f"trained model     {model}")
         say(f"summary           {self._folder.summary}")
@@ -142,6 +172,9 @@ class Conductor:
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
+        self._heed(step, batch)
+        if len(batch.report.empty) == batch.report.attempts:
+            raise no_call_for(config.policy.name, self._roles)
         with self._progress.phase("learn") as learning:
             report = self._learn(sequences, batch)
         trained_from = self.state.version
@@ -158,6 +191,7 @@ class Conductor:
         metrics: dict[str, float] = {
             **batch.rewards,
             **self._learner_metrics(report),
+            **batch.hygiene.metrics(),
             "version": float(self.state.version),
             "staleness": float(trained_from - oldest),
             "groups_used": float(batch.used_groups),
@@ -175,41 +209,14 @@ class Conductor:
 
     def _rollouts(self, prefix: str, tasks: Sequence[Task], samples: int) -> list[RolloutRecord]:
         """Runs `samples` rollouts of each task; returns their records in order, all ended."""
-        config = self._config
-        specs = [
-            RolloutSpec(
-                rollout_id=f"{prefix}-{self._session}-{place:04d}-{sample:02d}",
-                task_id=task.id,
-                task=task.data,
-                timeout_s=config.agent.timeout_s,
-                max_attempts=config.rollouts.max_attempts,
-                group_id=f"{prefix}-{place:04d}",
-            )
-            for place, task in enumerate(tasks)
-            for sample in range(samples)
-        ]
-        ids = [spec.rollout_id for spec in specs]
-        self._progress.update(queue=len(ids))
-        self._parts.queue.enqueue(specs)
-        deadline = time.monotonic() + config.rollouts.batch_timeout_s
-        while True:
-            # In slices, so that the panel shows the queue and Ctrl-C is heard.
-            records = self._parts.queue.wait(ids, min(2.0, config.rollouts.batch_timeout_s))
-            counts = self._parts.queue.counts()
-            self._progress.update(queue=counts.queued, running=counts.running)
-            if len(records) == len(ids):
-                break
-            if time.monotonic() > deadline:
-                self._parts.queue.cancel(ids)
-                records = self._parts.queue.wait(ids, 10.0)
-                log.warning("cancelled what was unfinished of %s", prefix)
-                break
-        self._parts.queue.forget(ids)
-        return records
+        specs = rollout_specs(prefix, self._session, tasks, samples, self._config)
+        limit = self._config.rollouts.batch_timeout_s
+        return run_rollouts(self._parts.queue, specs, limit, self._progress)
 
     def _batch(self, records: Sequence[RolloutRecord]) -> tuple["ray.ObjectRef", Batch]:
         """The step's batch: a reference to its sequences, and what is known of them."""
-        ended = [record.attempt_id for record in records if record.attempts]
+        # Those that were tried again as well: the checks say why.
+        ended = [attempt for record in records for attempt, _ in record.attempts]
         # A task of its own: the spans go from the store to it, and its table to the learner,
         # without passing through this process.
         build = ray.remote(make_batch).options(num_cpus=0, num_returns=2)
@@ -219,6 +226,8 @@ class Conductor:
             self._algorithm,
             self._config.policy.name,
             self._config.algorithm.name,
+            self._config.hygiene,
+            self._heldout_keys or None,
         )
         try:
             return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)
@@ -231,8 +240,17 @@ class Conductor:
                 raise error.cause from error
             raise InfrastructureError(f"the step's batch was not built: {error.cause}") from error
 
+    def _heed(self, step: int, batch: Batch) -> None:
+        """Records what the checks found. Raises UserError when one of them says to stop."""
+        for line in self._hygiene.add(step, batch.hygiene, self.state.history):
+            self._progress.note(line)
+        if (reason := batch.hygiene.why_stopped(f"in step {step}")) is not None:
+            self._tracked.log_metrics(batch.hygiene.metrics(), step)
+            self._tracked.log_artifact(self._folder.hygiene)
+            raise UserError(reason)
+
     def _learn(self, sequences: "ray.ObjectRef", batch: Batch) -> StepReport | None:
-        """One learner step; None when no group of the batch had any contrast."""
+        """One learner step; None when nothing is left of the batch to learn from."""
         if batch.rows == 0:
             self._progress.note("no group had any contrast: nothing to learn in this step")
             return None
@@ -268,21 +286,14 @@ class Conductor:
             self._folder.prune_checkpoints(self._config.training.keep_checkpoints)
 
     def _require_usable(self, records: Sequence[RolloutRecord]) -> None:
-        usable = sum(_graded(record) for record in records)
-        self._warn_of_failures(records)
+        usable = sum(came_to_reward(record) for record in records)
+        note_failures(records, self._progress)
         if usable < self._config.training.min_usable * len(records):
-            reason = next((_why(record) for record in records if not _graded(record)), "")
+            reason = next((why(record) for record in records if not came_to_reward(record)), "")
             raise UserError(
                 f"only {usable} of {len(records)} rollouts of step {self.state.step + 1} came to a "
                 f"reward (training.min_usable={self._config.training.min_usable}); "
                 f"the first that did not: {reason}"
-            )
-
-    def _warn_of_failures(self, records: Sequence[RolloutRecord]) -> None:
-        failed = [record for record in records if not _graded(record)]
-        if failed:
-            self._progress.note(
-                f"{len(failed)} of {len(records)} rollouts left out; the first: {_why(failed[0])}"
             )
 
     def _samples(
@@ -308,16 +319,3 @@ class Conductor:
             "tokens_computed": float(report.computed_tokens),
             "learning_rate": report.learning_rate,
         }
-
-
-def _graded(record: RolloutRecord) -> bool:
-    return record.status is RolloutStatus.SUCCEEDED
-
-
-def _why(record: RolloutRecord) -> str:
-    """Why a rollout came to no reward: its last attempt's status and the end of its stderr."""
-    if record.outcome is None:
-        return f"{record.spec.rollout_id}: {record.status.value}"
-    error = " | ".join(line for line in record.outcome.error.splitlines() if line.strip())
-    tail = error if len(error) <= 400 else error[:120] + " ... " + error[-270:]
-    return f"{record.spec.rollout_id} ({record.outcome.status.value}): {tail}"

@@ -9,13 +9,14 @@ from lightning_ray.algorithms import AlgorithmConfig, check_algorithm
 from lightning_ray.cluster import ClusterConfig, check_cluster
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import EvaluationConfig, check_evaluation
-from lightning_ray.gateway import GatewayConfig, check_gateway
+from lightning_ray.gateway import GatewayConfig, ServingConfig, check_gateway, make_roles
 from lightning_ray.inference import InferenceConfig, check_inference
 from lightning_ray.learner import LearnerConfig, check_learner
-from lightning_ray.policies import PolicyConfig
+from lightning_ray.policies import PolicyConfig, settle_policies
 from lightning_ray.rollouts import RolloutsConfig, check_rollouts
 from lightning_ray.spans import SpansConfig, check_spans
 from lightning_ray.tracking import TrackingConfig
+from lightning_ray.trajectories import HygieneConfig, check_hygiene
 
 
 @dataclass
@@ -53,11 +54,15 @@ class TrainConfig:
     agent: AgentConfig = field(default_factory=AgentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    policies: dict[str, PolicyConfig] = field(default_factory=dict)
+    """Policies by name, for agents that ask several; in place of `policy`. One is trained."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     spans: SpansConfig = field(default_factory=SpansConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    hygiene: HygieneConfig = field(default_factory=HygieneConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -65,7 +70,10 @@ class TrainConfig:
 
 
 def check_train(config: TrainConfig) -> None:
-    """Checks every value that can be checked without loading anything. Raises UserError."""
+    """Checks every value that can be checked without loading anything. Raises UserError.
+
+    Afterwards `config.policy` is the trained policy, and `config.policies` holds every one.
+    """
     training = config.training
     for name in ("steps", "tasks_per_step", "checkpoint_every", "keep_checkpoints"):
         if getattr(training, name) < 1:
@@ -75,11 +83,8 @@ def check_train(config: TrainConfig) -> None:
             raise UserError(f"{name}={seed}: must be 0 or above")
     if training.step_timeout_s <= 0:
         raise UserError(f"training.step_timeout_s={training.step_timeout_s}: must be above 0")
-    if config.policy.keep_versions < 1:
-        raise UserError(
-            f"policy.keep_versions={config.policy.keep_versions}: the version in use is kept, "
-            "so at least 1"
-        )
+    config.policy, frozen = settle_policies(config.policy, config.policies)
+    config.policies = {config.policy.name: config.policy, **frozen}
     if not 0 <= training.min_usable <= 1:
         raise UserError(f"training.min_usable={training.min_usable}: must lie between 0 and 1")
     if not config.name or "/" in config.name:
@@ -90,5 +95,7 @@ def check_train(config: TrainConfig) -> None:
     check_rollouts(config.rollouts)
     check_spans(config.spans)
     check_gateway(config.gateway)
+    make_roles(config.gateway, config.policy.name, list(config.policies))
+    check_hygiene(config.hygiene)
     check_evaluation(config.evaluation)
     check_cluster(config.cluster)

@@ -6,6 +6,7 @@ OUTPUT_DIR/RUN_ID/run.json         the MLflow run, the base model
 OUTPUT_DIR/RUN_ID/spans/           the span store's segments
 OUTPUT_DIR/RUN_ID/versions/N/      weights of version N, a Hugging Face folder
 OUTPUT_DIR/RUN_ID/checkpoints/     weights, optimiser and run state
+OUTPUT_DIR/RUN_ID/hygiene.json     what the checks of its data found
 OUTPUT_DIR/RUN_ID/summary.json     the result
 """
 
@@ -39,6 +40,7 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.curve = path / "learning_curve.png"
         self.trajectories = path / "trajectories.html"
+        self.hygiene = path / "hygiene.json"
 
     @classmethod
     def create(cls, output_dir: Path, name: str, overrides: Sequence[str]) -> "RunFolder":
@@ -59,16 +61,25 @@ class RunFolder:
 
     @classmethod
     def find(cls, output_dir: Path, run: str, word: str = "resume") -> "RunFolder":
-        """The folder of an earlier run, by its id or path, which was typed as `word=RUN`.
+        """The folder of an earlier run that made versions, by its id or path, typed as `word=RUN`.
 
         Raises UserError when there is none.
         """
         for candidate in (output_dir / run, Path(run)):
             if (candidate / "overrides.json").is_file():
-                return cls(candidate.absolute())
-        known = sorted(p.parent.name for p in output_dir.glob("*/overrides.json"))
+                found = cls(candidate.absolute())
+                if found.evaluates:
+                    raise UserError(f"{word}={run}: an evaluation, which made no version")
+                return found
+        folders = [cls(p.parent) for p in output_dir.glob("*/overrides.json")]
+        known = sorted(folder.run_id for folder in folders if not folder.evaluates)
         there = f"the runs there are: {', '.join(known[-5:])}" if known else "there are none there"
         raise UserError(f"{word}={run}: no such run in {output_dir}; {there}")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is the run of an evaluation."""
+        return self.facts().get("job") == "evaluate"
 
     def overrides(self) -> list[str]:
         """What was typed when the run was begun."""

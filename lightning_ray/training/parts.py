@@ -1,16 +1,26 @@
 """The running parts of a job: started in an order that overlaps their waits, stopped in reverse."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import ray
 
+from lightning_ray.cluster import Needs
 from lightning_ray.errors import LightningRayError
-from lightning_ray.gateway import choose_port, start_gateway, stop_gateway
+from lightning_ray.gateway import (
+    Answerer,
+    choose_port,
+    make_roles,
+    models_of,
+    start_gateway,
+    stop_gateway,
+    upstream_answerer,
+)
 from lightning_ray.inference import InferenceGroup
 from lightning_ray.learner import LearnerGroup
+from lightning_ray.policies.models import resolve_model
 from lightning_ray.rollouts import QueueClient, WorkerGroup, start_queue
 from lightning_ray.spans import SpanClient, start_store
 from lightning_ray.tracking import Progress
@@ -20,12 +30,30 @@ from lightning_ray.training.folder import RunFolder
 log = logging.getLogger(__name__)
 
 
+def needs_of(config: TrainConfig, learn: bool = True) -> Needs:
+    """What the parts of a job ask Ray for."""
+    inference, learner, rollouts = config.inference, config.learner, config.rollouts
+    ours = [policy for policy in config.policies.values() if not policy.is_upstream]
+    engines = inference.num_engines * max(1, len(ours))
+    ranks = learner.num_ranks if learn else 0
+    return Needs(
+        cpus=engines * inference.num_cpus
+        + ranks * learner.num_cpus
+        + rollouts.num_workers * rollouts.num_cpus
+        + config.gateway.num_replicas * config.gateway.num_cpus,
+        gpus=engines * inference.num_gpus + ranks * learner.num_gpus,
+    )
+
+
 class Parts:
     """Store, queue, engines, learner, gateway and workers of one job; a context manager."""
 
     store: SpanClient
     queue: QueueClient
     engines: InferenceGroup
+    """Of the trained policy."""
+    frozen: dict[str, InferenceGroup]
+    """Engines of the policies that stay as they are; one with an upstream has none."""
     learner: LearnerGroup
     workers: WorkerGroup
 
@@ -46,29 +74,43 @@ class Parts:
         """
         config = self._config
         port = choose_port(config.gateway)
+        trained = config.policy.name
+        roles = make_roles(config.gateway, trained, list(config.policies) or [trained])
+        others = {n: policy for n, policy in config.policies.items() if n != trained}
+        answerers = [upstream_answerer(p) for p in others.values() if p.is_upstream]
+        models = {n: resolve_model(p.model) for n, p in others.items() if not p.is_upstream}
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
         self.queue = start_queue(self._folder.run_id, config.rollouts)
         learner = " and the DeepSpeed learner" if learn else ""
         with self._progress.phase(f"starting the vLLM engine{learner}", slow=True):
-            # The engine's slow start runs while the learner's is waited for.
-            self.engines = InferenceGroup(
-                config.inference,
-                str(model),
-                config.policy.name,
-                config.gateway.models,
-                version,
-                self.store,
-            )
-            self._at_end(self.engines.stop)
+            # The engines' slow start runs while the learner's is waited for.
+            self.engines = self._engines(model, trained, models_of(roles, trained), version)
+            self.frozen = {
+                name: self._engines(folder, name, models_of(roles, name), 0)
+                for name, folder in models.items()
+            }
             if learn:
                 self._start_learner()
-            urls = self.engines.wait_ready()
+            for name, group in ((trained, self.engines), *self.frozen.items()):
+                answerers.append(Answerer(name, tuple(group.wait_ready()), group.key))
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
             self._at_end(stop_gateway)
-            url = start_gateway(config.gateway, port, self.queue.actor, urls, self.engines.key)
+            url = start_gateway(
+                config.gateway, port, self.queue.actor, roles, answerers, self.store
+            )
             self.workers = WorkerGroup(config.rollouts, config.agent, self.queue, self.store, url)
             self._at_end(self.workers.stop)
+
+    def _engines(
+        self, model: Path, policy: str, names: Sequence[str], version: int
+    ) -> InferenceGroup:
+        """The engines of one policy, starting."""
+        group = InferenceGroup(
+            self._config.inference, str(model), policy, names, version, self.store
+        )
+        self._at_end(group.stop)
+        return group
 
     def start_learner(self) -> None:
         """Starts the learner alone: for a job that learns from what is there and runs no agent."""

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lightning_ray.learner import LearnerGroup
-from lightning_ray.policies import PolicyConfig, PolicyRegistry, PolicyVersion, prune
+from lightning_ray.policies import PolicyConfig, PolicyRegistry, PolicyVersion, Releases, prune
 from lightning_ray.training.folder import RunFolder
 
 PUBLISH_TIMEOUT_S = 300.0
@@ -52,5 +52,14 @@ class Versions:
         return number, path
 
     def prune(self, pinned: Collection[int]) -> None:
-        """Removes the weights of old versions, but for those that a checkpoint needs, `pinned`."""
-        prune(self._registry, self._folder.versions, keep=self._policy.keep_versions, pinned=pinned)
+        """Removes the weights of old versions, but for those that a checkpoint needs, `pinned`,
+        and those that are released."""
+        released = Releases(self._registry.uri).needed_of_run(
+            self._policy.name, self._registry.run_id
+        )
+        prune(
+            self._registry,
+            self._folder.versions,
+            keep=self._policy.keep_versions,
+            pinned={*pinned, *released},
+        )

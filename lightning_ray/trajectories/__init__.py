@@ -1,8 +1,8 @@
 """Trajectories: from spans to token trees and to the Arrow batches that a learner trains on.
 
-Owns rebuilding what each call saw from what the store kept, the token tree of an attempt, and the
-batch schema. It must not know torch, an engine, a reward or an algorithm: credit comes in as plain
-numbers and is only put where it belongs.
+Owns rebuilding what each call saw from what the store kept, the token tree of an attempt, the batch
+schema, and the checks that training data goes through. It must not know torch, an engine or an
+algorithm: rewards and credit are plain numbers, compared and put where they belong.
 """
 
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA
@@ -12,15 +12,44 @@ from lightning_ray.trajectories.build import (
     trainable_counts,
     with_advantages,
 )
+from lightning_ray.trajectories.hygiene import distinct_spans, inspect
+from lightning_ray.trajectories.hygiene_attempts import (
+    AttemptFacts,
+    Place,
+    attempts_of_spans,
+    recorded_errors,
+    task_key,
+    task_keys,
+)
+from lightning_ray.trajectories.hygiene_config import (
+    Check,
+    HygieneConfig,
+    HygienePolicy,
+    check_hygiene,
+)
+from lightning_ray.trajectories.hygiene_report import HygieneReport
 from lightning_ray.trajectories.tree import Call, TokenTree, rebuild_trees
 
 __all__ = [
     "SEQUENCE_SCHEMA",
+    "AttemptFacts",
     "BuildReport",
     "Call",
+    "Check",
+    "HygieneConfig",
+    "HygienePolicy",
+    "HygieneReport",
+    "Place",
     "TokenTree",
+    "attempts_of_spans",
     "build_sequences",
+    "check_hygiene",
+    "distinct_spans",
+    "inspect",
     "rebuild_trees",
+    "recorded_errors",
+    "task_key",
+    "task_keys",
     "trainable_counts",
     "with_advantages",
 ]

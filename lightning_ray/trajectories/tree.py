@@ -102,8 +102,12 @@ def rebuild_trees(spans: pa.Table) -> tuple[list[TokenTree], dict[str, str]]:
     by_attempt: dict[str, list[_StoredCall]] = defaultdict(list)
     rollouts: dict[str, str] = {}
     for attempt_id, rollout_id, stored in _model_calls(spans):
-        if stored.added is None and stored.call.status is not SpanStatus.OK:
-            continue  # It failed before there was a token: nothing that could be learnt or shared.
+        if stored.added is None and (
+            stored.call.status is not SpanStatus.OK or stored.call.version is None
+        ):
+            # It failed before there was a token, or an API that shows none answered it: nothing
+            # that could be learnt or shared.
+            continue
         by_attempt[attempt_id].append(stored)
         rollouts[attempt_id] = rollout_id
     trees: list[TokenTree] = []

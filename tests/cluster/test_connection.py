@@ -82,3 +82,14 @@ def test_no_cluster_at_the_address_is_one_line() -> None:
 def test_a_cluster_too_small_to_start_is_refused(config: ClusterConfig) -> None:
     with pytest.raises(UserError, match="at least"):
         check_cluster(config)
+
+
+def test_a_cluster_that_is_too_small_for_the_job_is_said_so() -> None:
+    program = (
+        "from lightning_ray.cluster import ClusterConfig, Connection, Needs\n"
+        "Connection(ClusterConfig(num_cpus=2, object_store_mib=100), Needs(cpus=3)).__enter__()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "the job's parts ask for 3 CPUs and the cluster has 2" in ended.stderr

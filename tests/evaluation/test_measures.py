@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_ray.evaluation.measures import completion_quality, paired_difference
+from lightning_ray.evaluation.measures import (
+    completion_quality,
+    paired_difference,
+    ratio,
+    share,
+)
 
 REWARDS = st.lists(st.floats(-10, 10), min_size=2, max_size=30)
 
@@ -91,3 +96,28 @@ def test_a_pair_with_a_fault_is_left_out() -> None:
 def test_rewards_that_are_not_of_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match="not of pairs"):
         paired_difference([0.0], [0.0, 1.0])
+
+
+def test_a_ratio_has_an_interval_over_its_pairs() -> None:
+    generator = np.random.default_rng(4)
+    resolved = generator.integers(0, 2, 400)
+    costs = generator.uniform(1, 3, 400)
+    found = ratio(costs, resolved)
+    assert found.mean == pytest.approx(costs.sum() / resolved.sum()) and found.n == 400
+    # The delta method: the spread of (cost - ratio x resolved) over the mean of resolved.
+    spread = (costs - found.mean * resolved).std() / resolved.mean() / math.sqrt(400)
+    assert found.low == pytest.approx(found.mean - 1.96 * spread, rel=0.03)
+    assert found.high == pytest.approx(found.mean + 1.96 * spread, rel=0.03)
+
+
+def test_a_ratio_that_may_have_no_denominator_is_unbounded() -> None:
+    found = ratio([1.0, 1.0, 1.0], [1, 0, 0])
+    assert (found.mean, found.high) == (3.0, math.inf) and found.low <= 3.0
+    assert ratio([2.0], [1]).high == math.inf
+    with pytest.raises(ValueError, match="no ratio"):
+        ratio([1.0], [0])
+
+
+def test_a_share_of_nothing_is_no_share() -> None:
+    assert share(0, 0).n == 0 and math.isnan(share(0, 0).mean)
+    assert share(15, 148) == completion_quality([1.0] * 15 + [0.0] * 133)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -59,9 +60,9 @@ class StubEngine:
 
 
 @contextmanager
-def stub_engine() -> Iterator[StubEngine]:
+def stub_engine(stub: StubEngine | None = None) -> Iterator[Any]:
     """A stub that answers on a port of its own, from a thread of its own."""
-    stub = StubEngine()
+    stub = stub or StubEngine()
     loop = asyncio.new_event_loop()
 
     async def start() -> web.AppRunner:

@@ -11,7 +11,14 @@ import pytest
 import ray
 from stub_engine import PIECES, REPLY, StubEngine, stub_engine
 
-from lightning_ray.gateway import GatewayConfig, choose_port, start_gateway, stop_gateway
+from lightning_ray.gateway import (
+    Answerer,
+    GatewayConfig,
+    choose_port,
+    make_roles,
+    start_gateway,
+    stop_gateway,
+)
 from lightning_ray.rollouts import (
     AttemptOutcome,
     AttemptStatus,
@@ -21,6 +28,7 @@ from lightning_ray.rollouts import (
     start_queue,
 )
 from lightning_ray.rollouts.types import Lease
+from lightning_ray.spans import SpansConfig, start_store
 
 KEY = "the engines' own key"
 CHAT = "/v1/chat/completions"
@@ -60,17 +68,26 @@ class Door:
 
 
 @pytest.fixture(scope="module")
-def door(ray_cluster: None) -> Iterator[Door]:
+def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     config = GatewayConfig(
         models=["gpt-4o-mini", "planner"],
         max_body_bytes=MAX_BODY_BYTES,
         call_timeout_s=CALL_TIMEOUT_S,
     )
     queue = start_queue("run", RolloutsConfig())
+    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
     with stub_engine() as stub:
-        url = start_gateway(config, choose_port(config), queue.actor, [stub.url], KEY)
+        url = start_gateway(
+            config,
+            choose_port(config),
+            queue.actor,
+            make_roles(config, "policy", ["policy"]),
+            [Answerer("policy", (stub.url,), KEY)],
+            store,
+        )
         yield Door(url, queue, stub)
         stop_gateway()
+    store.close()
     ray.kill(queue.actor)
 
 

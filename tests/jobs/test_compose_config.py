@@ -54,6 +54,7 @@ def test_further_engine_arguments_may_be_added() -> None:
         (["gateway.models=gpt-4o-mini"], ["gateway.models"]),
         (["experiment=calculater"], ["experiment/calculater", "calculator"]),
         (["algorithm=ppo"], ["algorithm/ppo", "grpo"]),
+        (["hygiene.leakage=ignore"], ["hygiene.leakage", "'ignore'", "drop, warn, stop, off"]),
         (["training.steps"], ["training.steps", "KEY=VALUE"]),
         (["=3"], ["=3", "KEY=VALUE"]),
         (["agent.command=[python"], ["agent.command=[python", "KEY=VALUE"]),
@@ -92,6 +93,7 @@ def test_a_missing_value_is_named_with_the_experiments_there_are(overrides: list
         ("inference.dtype=int8", "inference.dtype=int8"),
         ("spans.segment_bytes=0", "spans.segment_bytes=0"),
         ("cluster.num_cpus=1", "cluster.num_cpus=1"),
+        ("hygiene.max_duplicate_share=1.5", "hygiene.max_duplicate_share=1.5"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_before_anything_starts(

@@ -104,6 +104,19 @@ def test_a_held_out_task_that_is_trained_on(typed: Command, tmp_path: Path) -> N
     assert f"held-out task heldout-1 of {tmp_path}/heldout.jsonl is training task train-0" in line
 
 
+def test_a_held_out_task_may_be_left_to_the_checks_of_each_step(
+    typed: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "train.jsonl").write_text('{"id": "t1", "question": "What IS  1 plus 1?"}')
+    (tmp_path / "heldout.jsonl").write_text('{"id": "h1", "question": "what is 1 plus 1?"}')
+    files = [f"training.tasks={tmp_path}/train.jsonl", f"evaluation.tasks={tmp_path}/heldout.jsonl"]
+    status, line = typed("train", *files, calculator=True)
+    assert status == 2 and "is training task t1" in line and "hygiene.leakage=drop" in line
+    # It comes as far as the next mistake.
+    status, line = typed("train", *files, "hygiene.leakage=drop", calculator=True)
+    assert status == 2 and "policy.model=/nowhere" in line
+
+
 def test_a_model_folder_without_one_of_its_files(typed: Command, tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")

@@ -40,6 +40,7 @@ def test_settings_that_only_sound_secret_are_shown() -> None:
         "api_key": None,
         "use_token": True,
         "password": "",
+        "hygiene": {"inexact_tokens": "drop"},
     }
     assert masked(config) == config
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from lightning_ray.rollouts import (
     RolloutSpec,
     RolloutStatus,
 )
-from lightning_ray.spans import SPAN_SCHEMA, SpanKind, span, to_batch
+from lightning_ray.spans import SPAN_SCHEMA, SpanKind, SpanStatus, span, to_batch
 from lightning_ray.training.batches import Batch, make_batch, mean_rewards
+from lightning_ray.trajectories import Check, HygieneConfig, HygienePolicy, task_keys
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA
 
 ALGORITHM = make_algorithm(AlgorithmConfig(normalize_by_std=False))
@@ -59,9 +61,42 @@ def calls(attempt_id: str, *sampled: list[int], version: int = 3, **columns: Any
     return rows
 
 
-def batch_of(records: list[RolloutRecord], rows: list[dict]) -> tuple[list[dict], Batch]:
+def ends(records: list[RolloutRecord]) -> list[dict]:
+    """What the worker stores at the end of each rollout's latest attempt."""
+    rows = []
+    for record in records:
+        if not record.attempts or record.outcome is None:
+            continue
+        place = {
+            "run_id": "run",
+            "rollout_id": record.spec.rollout_id,
+            "attempt_id": record.attempt_id,
+        }
+        good = record.outcome.status is AttemptStatus.SUCCEEDED
+        rows.append(
+            span(
+                SpanKind.RESOURCE,
+                "attempt",
+                **place,
+                status=SpanStatus.OK if good else SpanStatus.ERROR,
+                attributes={"status": record.outcome.status.value, "error": record.outcome.error},
+            )
+        )
+        for name, value in record.outcome.rewards.items():
+            rows.append(span(SpanKind.REWARD, name, **place, value=value))
+    return rows
+
+
+def batch_of(
+    records: list[RolloutRecord],
+    rows: list[dict],
+    heldout: dict[str, str] | None = None,
+    **settings: Any,
+) -> tuple[list[dict], Batch]:
+    rows = rows + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)]) if rows else SPAN_SCHEMA.empty_table()
-    sequences, batch = make_batch(records, spans, ALGORITHM, "policy")
+    config = replace(HygieneConfig(), **settings)
+    sequences, batch = make_batch(records, spans, ALGORITHM, "policy", config, heldout)
     assert sequences.schema.equals(SEQUENCE_SCHEMA) and sequences.num_rows == batch.rows
     return sequences.to_pylist(), batch
 
@@ -187,3 +222,118 @@ def test_named_rewards_are_averaged_over_those_that_have_them() -> None:
         record("c", "g", None),
     ]
     assert mean_rewards(records) == pytest.approx({"reward": 0.5, "exact": 0.5, "style": 0.2})
+
+
+def one_of_each() -> tuple[list[RolloutRecord], list[dict]]:
+    """A group of two good attempts and one with a defect of each attempt-level check."""
+    good = [record("a", "g", 1.0), record("b", "g", 0.0)]
+    bad = [record(name, "g", 0.5) for name in ("inexact", "empty", "cut", "contradictory")]
+    bad[3] = replace(bad[3], outcome=replace(bad[3].outcome, error="grader: KeyError"))
+    rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("contradictory/1", [5])
+    rows += calls("inexact/1", [3], logprobs=[float("nan")])
+    rows += calls("cut/1", [4], finish_reason="length")
+    first = record("crashed", "g", None)
+    failed = AttemptOutcome(AttemptStatus.FAILED, error="exit code 3")
+    rows += ends([replace(first, outcome=failed)])
+    return [*good, *bad, record("crashed", "g", None, attempts=2)], rows
+
+
+def test_what_the_policies_drop_is_gone_before_credit_is_computed() -> None:
+    records, rows = one_of_each()
+    sequences, batch = batch_of(records, rows)
+    assert {row["rollout_id"] for row in sequences} == {"a", "b", "cut"}
+    # The mean of 1, 0 and 0.5: nothing that was dropped moves it.
+    assert batch.advantages == pytest.approx({"a/1": 0.5, "b/1": -0.5, "cut/1": 0.0})
+    assert batch.left_out == 4 and batch.flat_groups == 0
+    counts = {check.value: count for check, count in batch.hygiene.counts.items() if count}
+    assert counts == {
+        "inexact_tokens": 1,
+        "empty_traces": 1,
+        "cut_traces": 1,
+        "contradictory_rewards": 1,
+        # The retried attempt and the last one.
+        "infrastructure_faults": 2,
+    }
+    assert batch.hygiene.why_stopped("in step 1") is None
+    faults = batch.hygiene.offenders[Check.INFRASTRUCTURE_FAULTS]
+    assert [(fault.attempts, fault.reason) for fault in faults] == [
+        (("crashed/1",), "failed: exit code 3"),
+        (("crashed/2",), "timed_out"),
+    ]
+
+
+def test_dropping_more_and_warning_of_more() -> None:
+    records, rows = one_of_each()
+    _, batch = batch_of(records, rows, cut_traces=HygienePolicy.drop)
+    assert set(batch.advantages) == {"a/1", "b/1"} and batch.left_out == 5
+    _, batch = batch_of(records, rows, contradictory_rewards=HygienePolicy.warn)
+    assert set(batch.advantages) == {"a/1", "b/1", "cut/1", "contradictory/1"}
+    _, batch = batch_of(records, rows, empty_traces=HygienePolicy.warn)
+    # Kept, and without a token to learn from all the same.
+    assert set(batch.advantages) == {"a/1", "b/1", "cut/1"} and batch.left_out == 4
+    _, batch = batch_of(records, rows, cut_traces=HygienePolicy.off)
+    assert "hygiene_cut_traces" not in batch.hygiene.metrics()
+
+
+@pytest.mark.parametrize(
+    "check", ["inexact_tokens", "empty_traces", "cut_traces", "infrastructure_faults"]
+)
+def test_a_check_that_says_to_stop_names_itself_and_the_first_offender(check: str) -> None:
+    records, rows = one_of_each()
+    _, batch = batch_of(records, rows, **{check: HygienePolicy.stop})
+    reason = batch.hygiene.why_stopped("in step 7")
+    assert reason is not None and len(reason.splitlines()) == 1
+    first = batch.hygiene.offenders[Check(check)][0]
+    for part in (f"hygiene.{check}=stop", "in step 7", first.attempts[0], f"hygiene.{check}=drop"):
+        assert part in reason
+
+
+def test_a_rollout_at_a_held_out_task_stops_the_run_or_is_left_out() -> None:
+    records = [record("a", "g", 1.0), record("b", "g", 0.0)]
+    leak = [record("c", "h", 1.0), record("d", "h", 0.0)]
+    leak = [replace(r, spec=replace(r.spec, task={"q": "What is  2 PLUS 2?"})) for r in leak]
+    heldout = task_keys([("held-1", {"id": "held-1", "q": "what is 2 plus 2?"})])
+    rows = [row for n, name in enumerate("abcd") for row in calls(f"{name}/1", [n])]
+    _, batch = batch_of(records + leak, rows, heldout)
+    assert batch.hygiene.counts[Check.LEAKAGE] == 2
+    reason = batch.hygiene.why_stopped("in step 1")
+    assert reason is not None and "is the held-out task held-1" in reason
+    _, batch = batch_of(records + leak, rows, heldout, leakage=HygienePolicy.drop)
+    assert set(batch.advantages) == {"a/1", "b/1"} and batch.left_out == 2
+    assert batch.hygiene.why_stopped("in step 1") is None
+    _, batch = batch_of(records, rows)
+    assert Check.LEAKAGE not in batch.hygiene.counts
+
+
+def test_constant_groups_may_be_kept() -> None:
+    records = [record("a", "g", 0.5), record("b", "g", 0.5)]
+    rows = calls("a/1", [1]) + calls("b/1", [2])
+    _, batch = batch_of(records, rows, constant_groups=HygienePolicy.warn)
+    assert (batch.used_groups, batch.flat_groups, batch.rows) == (1, 1, 2)
+    assert batch.advantages == {"a/1": 0.0, "b/1": 0.0}
+    assert batch.hygiene.counts[Check.CONSTANT_BATCHES] == 1
+
+
+def test_a_repeated_span_is_learnt_from_once() -> None:
+    records = [record("a", "g", 1.0), record("b", "g", 0.0)]
+    once = calls("a/1", [1, 2]) + calls("b/1", [3])
+    sequences, batch = batch_of(records, [*once, once[0]])
+    assert batch.report.trainable_tokens == 3 and len(sequences) == 2
+    assert batch.hygiene.counts[Check.DUPLICATE_SPANS] == 1
+
+
+def test_a_reward_that_is_not_the_one_in_the_spans_is_contradictory() -> None:
+    records = [record(name, "g", reward) for name, reward in (("a", 1.0), ("b", 0.0), ("c", 0.5))]
+    rows = [row for n, name in enumerate("abc") for row in calls(f"{name}/1", [n])]
+    rows += [row for row in ends([record("c", "g", 0.25)]) if row["kind"] == "reward"]
+    rows += [row for row in ends([record("b", "g", 0.0)]) if row["kind"] == "reward"]
+    _, batch = batch_of(records, rows)
+    assert set(batch.advantages) == {"a/1", "b/1"}
+    (found,) = batch.hygiene.offenders[Check.CONTRADICTORY_REWARDS]
+    assert found.attempts == ("c/1",)
+
+
+def test_an_attempt_with_nothing_to_learn_gives_its_group_no_contrast() -> None:
+    rows = calls("a/1", [1]) + calls("b/1", [2], policy="another")
+    sequences, batch = batch_of([record("a", "g", 1.0), record("b", "g", 0.0)], rows)
+    assert sequences == [] and (batch.used_groups, batch.flat_groups) == (0, 1)

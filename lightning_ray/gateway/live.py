@@ -1,0 +1,186 @@
+"""Live traffic at the door: keys, conversations, and what people say of them.
+
+Invariant: a caller reaches only what its key allows, and feedback that was acknowledged is on disk.
+"""
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.gateway.config import ServingConfig
+from lightning_ray.gateway.desk import LIVE, Desk, LivePolicy, Passage
+from lightning_ray.spans import SpanKind, span
+
+ROLLOUT_HEADER = "x-lightning-ray-rollout"
+"""On every reply of live traffic: what feedback names."""
+
+VERDICTS = ("accept", "correct", "override")
+_REPLY_ID = re.compile(rf"({LIVE}[0-9a-f]+-[0-9a-f]+)")
+_TEXT_LIMIT = 100_000
+
+
+@dataclass(frozen=True)
+class LiveDoor:
+    """What the door needs to serve live traffic."""
+
+    desk: ActorHandle
+    config: ServingConfig
+    run_id: str
+
+
+class LiveDesk:
+    """The actor around `Desk`: the clock, and the tags of live calls."""
+
+    def __init__(self, run_id: str, keys: Mapping[str, str], idle_s: float):
+        self._desk = Desk(run_id, keys, idle_s)
+
+    async def caller(self, key: str) -> str | None:
+        """The name of the caller with this key."""
+        return self._desk.caller(key)
+
+    async def admit(self, caller: str, conversation: str, policy: str) -> Passage | None:
+        """Who answers the next call of a conversation."""
+        return self._desk.admit(caller, conversation, policy, time.monotonic())
+
+    async def release(self, policies: list[LivePolicy]) -> None:
+        """Takes on where releases stand."""
+        for policy in policies:
+            self._desk.release(policy)
+
+    async def owns(self, caller: str, rollout_id: str) -> bool:
+        """Whether a conversation is this caller's."""
+        return self._desk.owns(caller, rollout_id)
+
+    async def active_on(self, policy: str, version: int) -> int:
+        """How many conversations stay on a version."""
+        return self._desk.active_on(policy, version, time.monotonic())
+
+
+class DeskClient:
+    """The desk as the job that serves sees it: with timeouts, and without Ray's exceptions."""
+
+    def __init__(self, actor: ActorHandle):
+        self.actor = actor
+
+    def release(self, policies: list[LivePolicy], timeout_s: float = 10.0) -> None:
+        """Takes on where releases stand."""
+        self._get(self.actor.release.remote(policies), timeout_s, "take on a release")
+
+    def active_on(self, policy: str, version: int, timeout_s: float = 10.0) -> int:
+        """How many conversations stay on a version."""
+        counting = self.actor.active_on.remote(policy, version)
+        found: int = self._get(counting, timeout_s, "count conversations")
+        return found
+
+    def _get(self, reference: "ray.ObjectRef", timeout_s: float, what: str) -> Any:
+        try:
+            return ray.get(reference, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise InfrastructureError(f"the desk did not {what} in {timeout_s:g} s") from error
+        except ray.exceptions.RayActorError as error:
+            raise InfrastructureError(f"the desk of live traffic died: {error}") from error
+
+
+def start_desk(run_id: str, keys: Mapping[str, str], idle_s: float) -> DeskClient:
+    """Starts the desk; `keys` as in `Desk`."""
+    actor = ray.remote(LiveDesk).options(num_cpus=0, max_concurrency=10_000)
+    return DeskClient(actor.remote(run_id, dict(keys), idle_s))
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What somebody said of a conversation or of one reply in it."""
+
+    rollout_id: str
+    reply_id: str | None
+    verdict: str | None
+    correction: str | None
+    rewards: Mapping[str, float]
+    by: str | None
+    comment: str | None
+
+    def spans(self, run_id: str, caller: str) -> list[dict[str, Any]]:
+        """As spans of the conversation's attempt."""
+        place: dict[str, Any] = {
+            "run_id": run_id,
+            "rollout_id": self.rollout_id,
+            "attempt_id": f"{self.rollout_id}/1",
+        }
+        said = {
+            "by": self.by,
+            "caller": caller,
+            "reply_id": self.reply_id,
+            "correction": self.correction,
+            "comment": self.comment,
+        }
+        attributes = {name: value for name, value in said.items() if value is not None}
+        rows = []
+        if self.verdict is not None:
+            rows.append(span(SpanKind.FEEDBACK, self.verdict, **place, attributes=attributes))
+        for name, value in self.rewards.items():
+            rows.append(span(SpanKind.REWARD, name, **place, value=value, attributes=attributes))
+        return rows
+
+
+def parse_feedback(body: Mapping[str, Any]) -> Feedback:
+    """Reads the body of a POST to /v1/feedback. Raises ValueError, saying what to change."""
+    known = {"rollout", "reply_id", "verdict", "correction", "reward", "rewards", "by", "comment"}
+    if unknown := sorted(set(body) - known):
+        raise ValueError(f"{unknown[0]!r} is no field; the fields are: {', '.join(sorted(known))}")
+    reply_id, verdict = _text(body, "reply_id"), _text(body, "verdict")
+    rollout_id = _text(body, "rollout")
+    if rollout_id is None and reply_id is not None:
+        found = _REPLY_ID.search(reply_id)
+        rollout_id = found[1] if found else None
+    if rollout_id is None:
+        raise ValueError(
+            f"name the conversation: `rollout`, as the header {ROLLOUT_HEADER} of a reply says it, "
+            "or `reply_id`, the id of a reply"
+        )
+    if verdict is not None and verdict not in VERDICTS:
+        raise ValueError(f"verdict {verdict!r} is none of {', '.join(VERDICTS)}")
+    correction = _text(body, "correction")
+    if verdict == "correct" and correction is None:
+        raise ValueError("verdict 'correct' needs `correction`: what the answer should have been")
+    rewards = _rewards(body)
+    if verdict is None and not rewards:
+        raise ValueError("say something: `verdict`, `reward` or `rewards`")
+    return Feedback(
+        rollout_id,
+        reply_id,
+        verdict,
+        correction,
+        rewards,
+        _text(body, "by"),
+        _text(body, "comment"),
+    )
+
+
+def _rewards(body: Mapping[str, Any]) -> dict[str, float]:
+    named = body.get("rewards")
+    if named is not None and not isinstance(named, dict):
+        raise ValueError("`rewards` is to be an object of names and numbers")
+    given: dict[str, Any] = dict(named or {})
+    if body.get("reward") is not None:
+        given["reward"] = body["reward"]
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise ValueError(f"reward {name!r} is {value!r}: give a finite number")
+    return {str(name): float(value) for name, value in given.items()}
+
+
+def _text(body: Mapping[str, Any], name: str) -> str | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > _TEXT_LIMIT:
+        raise ValueError(f"`{name}` is to be a text of at most {_TEXT_LIMIT} characters")
+    return value

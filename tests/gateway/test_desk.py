@@ -1,0 +1,154 @@
+"""Conversations and releases: who answers whom, and that nothing moves that should stay."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ray.gateway.answerers import Answerer
+from lightning_ray.gateway.desk import Desk, LivePolicy, conversation_of, digest_of
+from lightning_ray.gateway.live import parse_feedback
+
+KEYS = {"web": digest_of("k" * 20), "app": digest_of("a" * 20)}
+
+
+def live(champion: int, candidate: int | None = None, share: float = 0.0, loaded=(1, 2, 3)):
+    answerers = {version: Answerer("helper", (f"http://{version}",)) for version in loaded}
+    return LivePolicy("helper", answerers, champion, candidate, share)
+
+
+def desk(policy: LivePolicy, idle_s: float = 100.0) -> Desk:
+    made = Desk("run", KEYS, idle_s)
+    made.release(policy)
+    return made
+
+
+def test_only_a_known_key_has_a_name():
+    made = desk(live(1))
+    assert (made.caller("k" * 20), made.caller("a" * 20)) == ("web", "app")
+    assert made.caller("") is None and made.caller("k" * 19) is None
+
+
+def test_nobody_serves_before_a_release():
+    assert Desk("run", KEYS, 100.0).admit("web", "c", "helper", 0) is None
+    assert desk(live(4)).admit("web", "c", "helper", 0) is None
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["call", "release"]), st.integers(0, 9), st.integers(1, 3)),
+        max_size=60,
+    )
+)
+def test_a_conversation_stays_on_its_version_whatever_is_released(events):
+    made = desk(live(1))
+    first: dict[int, int] = {}
+    champion = 1
+    for event, conversation, version in events:
+        if event == "release":
+            champion = version
+            made.release(live(version))
+            continue
+        passage = made.admit("web", str(conversation), "helper", 0)
+        assert passage.version == first.setdefault(conversation, champion)
+        assert passage.answerer.urls == (f"http://{passage.version}",)
+
+
+@given(st.floats(0.05, 0.95))
+def test_a_candidate_gets_its_share_of_new_conversations(share):
+    made = desk(live(1, candidate=2, share=share))
+    chosen = [made.admit("web", str(i), "helper", 0).version for i in range(600)]
+    assert abs(chosen.count(2) / 600 - share) < 0.12
+
+
+def test_a_conversation_moves_when_its_version_has_no_engines_any_more():
+    made = desk(live(1))
+    assert made.admit("web", "c", "helper", 0).version == 1
+    made.release(live(2, loaded=(2, 3)))
+    assert made.admit("web", "c", "helper", 0).version == 2
+
+
+def test_a_conversation_that_was_silent_for_long_is_a_new_one():
+    made = desk(live(1), idle_s=10)
+    before = made.admit("web", "c", "helper", 0).identity.rollout_id
+    assert made.admit("web", "c", "helper", 9).identity.rollout_id == before
+    assert made.active_on("helper", 1, 19) == 1 and made.active_on("helper", 1, 20) == 0
+    made.release(live(2))
+    after = made.admit("web", "c", "helper", 30)
+    assert after.identity.rollout_id != before and after.version == 2
+
+
+def test_callers_do_not_share_conversations():
+    made = desk(live(1))
+    web, app = (made.admit(caller, "c", "helper", 0).identity for caller in ("web", "app"))
+    assert web.rollout_id != app.rollout_id
+    assert made.owns("web", web.rollout_id) and not made.owns("app", web.rollout_id)
+    assert not made.owns("web", "s00001-0000")
+
+
+def request(*turns: str, system: str = "Help.") -> dict:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return {"model": "m", "messages": [{"role": "system", "content": system}, *messages]}
+
+
+def test_a_conversation_is_known_by_how_it_begins():
+    def of(body, **headers):
+        return conversation_of(headers, "x-conversation-id", body)
+
+    first = of(request("Hello"))
+    assert of(request("Hello", "Hi", "More")) == first
+    assert of(request("Bye")) != first and of(request("Hello", system="Harm.")) != first
+    named = {"x-conversation-id": "7"}
+    assert of(request("Hello"), **named) == of(request("Bye"), **named) != first
+    for odd in ({}, {"messages": "?"}, {"messages": [1]}, {"input": None}, {"prompt": ["a"]}):
+        assert of(odd)
+
+
+ROLLOUT = "live-0a1b2c3d-0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("body", "kinds"),
+    [
+        ({"rollout": ROLLOUT, "verdict": "accept"}, ["feedback"]),
+        ({"reply_id": f"chatcmpl-{ROLLOUT}-00ff", "reward": 1}, ["reward"]),
+        (
+            {
+                "rollout": ROLLOUT,
+                "verdict": "correct",
+                "correction": "42",
+                "rewards": {"tone": 0.5},
+            },
+            ["feedback", "reward"],
+        ),
+    ],
+)
+def test_feedback_becomes_spans_of_its_conversation(body, kinds):
+    rows = parse_feedback(body).spans("run", "web")
+    assert [row["kind"] for row in rows] == kinds
+    for row in rows:
+        assert (row["rollout_id"], row["attempt_id"]) == (ROLLOUT, f"{ROLLOUT}/1")
+        assert json.loads(row["attributes"])["caller"] == "web"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"verdict": "accept"}, "name the conversation"),
+        ({"reply_id": "chatcmpl-1", "verdict": "accept"}, "name the conversation"),
+        ({"rollout": ROLLOUT}, "say something"),
+        ({"rollout": ROLLOUT, "verdict": "great"}, "none of accept, correct, override"),
+        ({"rollout": ROLLOUT, "verdict": "correct"}, "needs `correction`"),
+        ({"rollout": ROLLOUT, "reward": "1"}, "give a finite number"),
+        ({"rollout": ROLLOUT, "reward": float("nan")}, "give a finite number"),
+        ({"rollout": ROLLOUT, "reward": True}, "give a finite number"),
+        ({"rollout": ROLLOUT, "rewards": [1]}, "an object of names and numbers"),
+        ({"rollout": 7, "reward": 1}, "`rollout` is to be a text"),
+        ({"rollout": ROLLOUT, "score": 1}, "'score' is no field"),
+    ],
+)
+def test_feedback_that_says_nothing_is_refused_with_what_to_change(body, message):
+    with pytest.raises(ValueError, match=message):
+        parse_feedback(body)
