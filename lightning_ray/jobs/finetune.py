@@ -106,9 +106,8 @@ def _finetune(
                 parts.start_learner()
             if checkpoint is not None:
                 parts.learner.load_checkpoint(checkpoint, config.training.step_timeout_s)
-            before = state.heldout_before
-            if scorer is not None and before is None:
-                before = state.heldout_before = score_heldout(scorer, folder, tracked, state)
+            if scorer is not None and state.step == 0:
+                state.heldout_before = score_heldout(scorer, folder, tracked, state)
             take_on = None if scorer is None else parts.engines.update_weights
             tuner.train(parts.learner, state, take_on)
             after = None if scorer is None else score_heldout(scorer, folder, tracked, state)

@@ -7,7 +7,7 @@ and why, is counted.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,16 +20,16 @@ from lightning_ray.errors import UserError
 from lightning_ray.spans import SPAN_SCHEMA, query, read_folder
 from lightning_ray.training.finetuning import FinetuneConfig, SamplesConfig
 from lightning_ray.training.folder import RunFolder
+from lightning_ray.training.names import MEASURING
 from lightning_ray.trajectories import (
     SEQUENCE_SCHEMA,
     build_sequences,
+    task_key,
+    task_keys,
     trainable_counts,
     with_advantages,
 )
 from lightning_ray.trajectories.batch import list_arrays
-
-HELDOUT_PREFIX = "heldout-"
-"""How the ids of rollouts that scored held-out tasks begin."""
 
 _COLUMNS = {
     "attempt_id": "attempt_id",
@@ -240,27 +240,22 @@ def _highest(attempts: pa.Table, settings: SamplesConfig) -> str:
 
 def _heldout(attempts: pa.Table, heldout: Sequence[Task]) -> set[str]:
     """Attempts at held-out tasks: of this job's, by content or id, and of the runs' own."""
-    contents = {task_content(task.data) for task in heldout}
+    keys = task_keys((task.id, task.data) for task in heldout)
     ids = {task.id for task in heldout}
     barred = set()
     names = ["attempt_id", "rollout_id", "task_id", "task"]
     for attempt, rollout, task_id, task in zip(
         *(attempts[name].to_pylist() for name in names), strict=True
     ):
-        if rollout.startswith(HELDOUT_PREFIX):
+        if rollout.startswith(MEASURING):
             barred.add(attempt)
         elif task is None:
             # Older spans name the task alone.
             if task_id in ids:
                 barred.add(attempt)
-        elif task_content(json.loads(task)) in contents:
+        elif task_key(json.loads(task)) in keys:
             barred.add(attempt)
     return barred
-
-
-def task_content(data: Mapping[str, object]) -> str:
-    """A task without its id, the same in whatever order its fields were written."""
-    return json.dumps({k: v for k, v in data.items() if k != "id"}, sort_keys=True)
 
 
 def _folders(output_dir: Path, runs: Sequence[str], base: Path) -> dict[str, Path]:

@@ -96,7 +96,9 @@ def batch_of(
     rows = rows + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)]) if rows else SPAN_SCHEMA.empty_table()
     config = replace(HygieneConfig(), **settings)
-    sequences, batch = make_batch(records, spans, ALGORITHM, "policy", config, heldout)
+    sequences, batch = make_batch(
+        records, spans, ALGORITHM, "policy", hygiene=config, heldout=heldout
+    )
     assert sequences.schema.equals(SEQUENCE_SCHEMA) and sequences.num_rows == batch.rows
     return sequences.to_pylist(), batch
 
@@ -307,12 +309,13 @@ def test_a_rollout_at_a_held_out_task_stops_the_run_or_is_left_out() -> None:
     assert Check.LEAKAGE not in batch.hygiene.counts
 
 
-def test_constant_groups_may_be_kept() -> None:
+def test_constant_groups_may_be_kept_and_teach_nothing_without_credit() -> None:
     records = [record("a", "g", 0.5), record("b", "g", 0.5)]
     rows = calls("a/1", [1]) + calls("b/1", [2])
     _, batch = batch_of(records, rows, constant_groups=HygienePolicy.warn)
-    # Not dropped for being constant, but GRPO gives no credit to anything in it.
+    # The algorithm is asked, and gives none; see the one that imitates, which does.
     assert (batch.used_groups, batch.flat_groups, batch.rows) == (0, 1, 0)
+    assert batch.hygiene.dropped == {}
     assert batch.hygiene.counts[Check.CONSTANT_BATCHES] == 1
 
 
