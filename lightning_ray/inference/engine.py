@@ -104,6 +104,12 @@ class InferenceEngine:
             self._recorder.sampled_tokens,
         )
 
+    async def weight_digest(self) -> str:
+        """What `vllm_internals.weight_digest` says of the weights in use."""
+        from lightning_ray.inference import vllm_internals as vllm
+
+        return await vllm.weight_digest(self._running())
+
     async def stop(self) -> None:
         """Stops serving and ends vLLM's own processes."""
         if self._server is not None and self._serving is not None:

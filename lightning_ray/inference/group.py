@@ -83,6 +83,20 @@ class InferenceGroup:
         """What every engine says of itself."""
         return ray.get([engine.state.remote() for engine in self._engines], timeout=timeout_s)
 
+    def weight_digests(self, timeout_s: float = 60.0) -> list[str]:
+        """A digest of every engine's weights; equal weights have equal digests.
+
+        Raises InfrastructureError when an engine does not say.
+        """
+        asking = [engine.weight_digest.remote() for engine in self._engines]
+        try:
+            digests: list[str] = ray.get(asking, timeout=timeout_s)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+            raise InfrastructureError(
+                f"an engine did not give the digest of its weights: {_cause(error)}"
+            ) from error
+        return digests
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the engines and vLLM's own processes."""
         stopping = [engine.stop.remote() for engine in self._engines]

@@ -4,6 +4,7 @@ Written against vLLM 0.32. Imported inside the engine's actor only.
 """
 
 import asyncio
+import hashlib
 import logging
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Coroutine
@@ -183,3 +184,14 @@ async def load_weights(engine: RecordingLLM, folder: str, timeout_s: float) -> N
     # Keys and values of the old weights must never answer for the new ones.
     if not await engine.reset_prefix_cache():
         raise RuntimeError("vLLM kept its prefix cache although no call was running")
+
+
+async def weight_digest(engine: RecordingLLM) -> str:
+    """SHA-256 over what vLLM says of every weight tensor, in hexadecimal digits.
+
+    A CPU packs linear layers away from their parameters, which then count as empty; embeddings and
+    norms remain, and whatever hands over weights replaces all of them.
+    """
+    per_worker = await engine.compute_weight_checksums()
+    lines = sorted(f"{name} {digest}" for worker in per_worker for name, digest in worker.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

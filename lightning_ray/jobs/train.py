@@ -157,6 +157,7 @@ def _run(
 ) -> None:
     """Score, train, score again, and leave the results."""
     state = conductor.state
+    frozen = conductor.frozen_weights()
     if state.step == 0:
         conductor.rehearse()
     if state.step == 0 and (before := conductor.evaluate()) is not None:
@@ -190,6 +191,9 @@ def _run(
                 "rollouts_left_out": state.left_out,
                 "hygiene": totals(state.history),
                 "history": state.history,
+                # Digests of the frozen policies' weights in use, before and after.
+                "frozen_before": frozen,
+                "frozen_after": conductor.frozen_weights(),
             },
         ),
     )

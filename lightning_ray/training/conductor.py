@@ -96,6 +96,10 @@ class Conductor:
         self.state = RunState.from_json(saved)
         self._hygiene.restore(self.state.step)
 
+    def frozen_weights(self) -> dict[str, list[str]]:
+        """A digest of the weights of every policy that is not trained, by engine."""
+        return {name: group.weight_digests() for name, group in self._parts.frozen.items()}
+
     def rehearse(self) -> None:
         """Tries a few tasks before the run begins. Raises UserError for what cannot work."""
         with self._progress.phase("rehearsing", slow=True):
