@@ -1,4 +1,4 @@
-"""Two roles, one trained: its score rises, and the other's weights stay bit for bit as they were."""
+"""Two roles, one trained: its score rises, and the other's weights stay bit for bit."""
 
 import json
 from pathlib import Path
