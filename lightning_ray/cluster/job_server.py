@@ -75,6 +75,12 @@ class JobServer:
                 raise UserError(
                     f"cluster.job={submission.job}: {self.url} has a job of that id; choose another"
                 ) from error
+            if "No available agent" in str(error):
+                raise InfrastructureError(
+                    f"the job server at {self.url} has no agent for jobs; where Ray has just "
+                    "started, try again, and else see whether its port was taken there "
+                    "(`ray start --dashboard-agent-listen-port=PORT`)"
+                ) from error
             raise
 
     def details(self, job: str) -> JobDetails:
