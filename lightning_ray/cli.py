@@ -90,6 +90,14 @@ COMMANDS = {
             ("resume=RUN [KEY=VALUE ...]", "go on from the last checkpoint"),
         ),
     ),
+    "doctor": Command(
+        "doctor",
+        (
+            ("[KEY=VALUE ...] -- COMMAND ...", "what would a trainer see of this agent?"),
+            ("tasks=FILE count=3 -- COMMAND ...", "the same on tasks, whose fields {field} takes"),
+            ("... --json FILE -- COMMAND ...", "also write the report to a file"),
+        ),
+    ),
 }
 
 

@@ -1,6 +1,7 @@
-"""The cluster: connecting to Ray, and stopping what was started.
+"""The cluster: connecting to Ray, stopping what was started, sending jobs, rendering manifests.
 
-Owns the connection and its environment. It must not know what runs on the cluster.
+Owns the connection and its environment, Ray's job server and the RayJob. It must not know what runs
+on the cluster.
 """
 
 from lightning_ray.cluster.config import ClusterConfig, check_cluster

@@ -70,7 +70,9 @@ def score(outcomes: Sequence[Outcome], config: EvaluationConfig, label: str) -> 
             _overrides(outcomes),
             _cost(outcomes, config),
         ),
-        rewards={name: completion_quality(rewards(outcomes, name)) for name in names},
+        rewards={
+            name: mean for name in names if isinstance(mean := _mean(outcomes, name), Interval)
+        },
     )
 
 

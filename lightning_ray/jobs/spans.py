@@ -65,7 +65,8 @@ def main(arguments: Sequence[str]) -> None:
     subcommands: dict[str, Callable[[Sequence[str]], None]] = {"check": _check, "sql": _sql}
     name, *rest = arguments or [""]
     if name not in subcommands:
-        raise UserError(f"spans {name}: no such subcommand; use {' or '.join(subcommands)}")
+        known = " or ".join(f"`lightning-ray spans {known}`" for known in subcommands)
+        raise UserError(f"no subcommand {name!r}; use {known}")
     subcommands[name](rest)
 
 

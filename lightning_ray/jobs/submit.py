@@ -89,8 +89,11 @@ def job_words(
     groups = _groups(command)
     if groups is None:
         return [command, *typed]
+    # What follows `--` is somebody else's command line.
+    end = typed.index("--") if "--" in typed else len(typed)
+    own = [_over_there(word, config.working_dir) for word in typed[:end]]
     # Words without a value, such as the name of a run, come first and stay first.
-    place = next((at for at, word in enumerate(typed) if "=" in word), len(typed))
+    place = next((at for at, word in enumerate(own) if "=" in word), end)
     settings = [
         setting
         for setting in config.settings
@@ -99,7 +102,14 @@ def job_words(
     where = [word for word in ours if word.startswith(_FOR_THE_JOB)]
     if "cluster" in groups:
         where = ["cluster=ray", "cluster.address=auto", *where]
-    return [command, *typed[:place], *settings, *typed[place:], *where]
+    return [command, *own[:place], *settings, *own[place:], *where, *typed[end:]]
+
+
+def _over_there(word: str, working_dir: str) -> str:
+    """A word in which a folder of configurations of the working directory is that of its copy."""
+    if not word.startswith("hydra.searchpath="):
+        return word
+    return word.replace(f"file://{Path(working_dir).absolute()}/", "file://")
 
 
 def _groups(command: str) -> set[str] | None:

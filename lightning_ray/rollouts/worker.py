@@ -192,6 +192,7 @@ def _end_spans(
             "end": result.end.value,
             "exit_code": result.exit_code,
             "seconds": round(result.seconds, 3),
+            "cpu_seconds": round(result.cpu_seconds, 3),
             "warm": result.warm,
             "stderr": result.stderr[-SHOWN_CHARACTERS:],
         }

@@ -202,7 +202,7 @@ def _finish(axes: "Axes", title: str, *, legend: bool = True) -> None:
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#c9cdd3")
     axes.tick_params(colors=_FAINT, labelcolor=_INK, labelsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
     if title:
         # Above the labels of scores near 1.
         axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", pad=16)

@@ -57,9 +57,9 @@ def make_batch(
     spans: pa.Table,
     algorithm: Algorithm,
     policy: str,
-    name: str = "grpo",
     hygiene: HygieneConfig | None = None,
     heldout: Mapping[str, str] | None = None,
+    name: str = "grpo",
 ) -> tuple[pa.Table, Batch]:
     """Builds sequences, groups them by task, and gives them the algorithm's credit.
 

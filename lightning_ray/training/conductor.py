@@ -225,9 +225,9 @@ class Conductor:
             self._parts.store.read(ended),
             self._algorithm,
             self._config.policy.name,
-            self._config.algorithm.name,
             self._config.hygiene,
             self._heldout_keys or None,
+            self._config.algorithm.name,
         )
         try:
             return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)

@@ -56,6 +56,8 @@ class Parts:
     """Engines of the policies that stay as they are; one with an upstream has none."""
     learner: LearnerGroup
     workers: WorkerGroup
+    url: str
+    """The gateway's base URL, "http://HOST:PORT"."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, base: Path, progress: Progress):
         """`base` is the folder of the base model; Ray must be up."""
@@ -65,10 +67,11 @@ class Parts:
         self._progress = progress
         self._stack = ExitStack()
 
-    def start(self, model: Path, version: int, learn: bool = True) -> None:
+    def start(self, model: Path, version: int, learn: bool = True, work: bool = True) -> None:
         """Starts everything; the engines answer with version `version`, whose weights are `model`.
 
-        Without `learn` there is no learner: for jobs that only run the agent.
+        Without `learn` there is no learner: for jobs that only run the agent; without
+        `work` no workers, for a job that starts its own.
 
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
@@ -96,11 +99,14 @@ class Parts:
                 answerers.append(Answerer(name, tuple(group.wait_ready()), group.key))
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
             self._at_end(stop_gateway)
-            url = start_gateway(
+            self.url = start_gateway(
                 config.gateway, port, self.queue.actor, roles, answerers, self.store
             )
-            self.workers = WorkerGroup(config.rollouts, config.agent, self.queue, self.store, url)
-            self._at_end(self.workers.stop)
+            if work:
+                self.workers = WorkerGroup(
+                    config.rollouts, config.agent, self.queue, self.store, self.url
+                )
+                self._at_end(self.workers.stop)
 
     def _engines(
         self, model: Path, policy: str, names: Sequence[str], version: int

@@ -55,6 +55,34 @@ def test_typed_settings_come_after_the_clusters_and_ours_stay_here() -> None:
     assert job_words("version", [], config) == ["version"]
 
 
+def test_settings_stay_before_somebody_elses_command_line() -> None:
+    typed = ["experiment=mine", "--", "python", "agent.py", "output_dir=x"]
+    assert job_words("train", typed, ClusterConfig()) == [
+        *("train", "experiment=mine", "cluster=ray", "cluster.address=auto"),
+        *typed[1:],
+    ]
+
+
+def test_experiments_of_ones_own_go_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    mine = """
+# @package _global_
+agent: {name: mine, command: [python, agent.py], grader: "grader.py:grade"}
+training: {tasks: tasks.jsonl}
+"""
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(mine)
+    (tmp_path / "tasks.jsonl").write_text('{"question": "?"}\n')
+    monkeypatch.chdir(tmp_path)
+    typed = [f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=mine"]
+    # Composed here, in full, and then nobody answers.
+    assert cli.run(["submit", "train", *typed, "cluster.address=127.0.0.1:1"]) == 2
+    assert "no Ray job server answers there" in capsys.readouterr().err
+    words = job_words("train", typed, ClusterConfig())
+    assert "hydra.searchpath=[file://conf]" in words
+
+
 def test_values_of_named_variables_are_in_the_environment_alone() -> None:
     config = ClusterConfig(env_vars=["A_KEY"], job_stop_timeout_s=7)
     sent = make_submission(config, ["train"], {"A_KEY": "opensesame", "OTHER": "x"})

@@ -191,18 +191,22 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
                 return asked - begun
         raise AssertionError(f"no new conversation went to {expected}")
 
-    with ThreadPoolExecutor(20) as pool:
+    with ThreadPoolExecutor(48) as pool:
         talks = [pool.submit(talk, number) for number in range(20)]
-        time.sleep(2)
-        service.release("canary", "helper", "2", "share=0.5")
-        service.wait_for("version 2 is loaded", 150)
-        late = [pool.submit(ask, client, [{"role": "user", "content": f"C{i}"}]) for i in range(24)]
-        split = [future.result(120)[1] for future in late]
-        service.release("promote", "helper")
-        promoted = version_of_new_conversations("after promotion", "helper@2")
-        service.release("rollback", "helper")
-        returned = version_of_new_conversations("after rollback", "helper@1")
-        stop.set()
+        try:
+            time.sleep(2)
+            service.release("canary", "helper", "2", "share=0.5")
+            service.wait_for("version 2 is loaded", 150)
+            late = [
+                pool.submit(ask, client, [{"role": "user", "content": f"C{i}"}]) for i in range(24)
+            ]
+            split = [future.result(120)[1] for future in late]
+            service.release("promote", "helper")
+            promoted = version_of_new_conversations("after promotion", "helper@2")
+            service.release("rollback", "helper")
+            returned = version_of_new_conversations("after rollback", "helper@1")
+        finally:
+            stop.set()
         # A call that failed would raise here: the client does not retry.
         done = [future.result(120) for future in talks]
     print(f"a promotion counted after {promoted:.2f} s, a rollback after {returned:.2f} s")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import psutil
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_ray.agents import load_tasks
+from lightning_ray.evaluation import heldout_scores
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.spans.segment import read_segment
 from lightning_ray.tracking import read_summary
@@ -301,6 +303,15 @@ def test_spans_check_says_the_same_of_the_runs_folder(story, cli, few_heldout, t
     assert totals["constant_groups"] >= summary.extra["hygiene"]["constant_groups"]
     stopped = cli.run(*command, "hygiene.infrastructure_faults=stop")
     assert stopped.returncode == 3
+
+
+def test_scores_of_each_held_out_task_can_be_read_from_the_spans(story):
+    summary = read_summary(story.folder / "summary.json")
+    scores = heldout_scores(story.folder / "spans")
+    assert set(scores) == {0, STEPS}
+    for step, mean in ((0, summary.heldout_before), (STEPS, summary.heldout_after)):
+        rewards = scores[step].rewards["reward"]
+        assert len(rewards) == 16 and fmean(rewards.values()) == pytest.approx(mean)
 
 
 def _spans(folder: Path) -> list[dict]:

@@ -59,6 +59,7 @@ def ray_head(home: Path) -> Iterator[RayHead]:
         *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
         *(f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}"),
         *("--disable-usage-stats", f"--object-store-memory={256 * 2**20}"),
+        "--labels=lightning-ray/role=everything",
     ]
     log = Path(folder) / "head.log"
     with open(log, "w") as output:

@@ -19,7 +19,9 @@ from lightning_ray.training import RunFolder
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with a run of versions 0 to 3, of which 1 was removed and 2 is smaller."""
     root = tmp_path_factory.mktemp("outputs")
-    folder = RunFolder.create(root, "run", ["experiment=calculator"])
+    # The last two are of another job than training, and mean nothing here.
+    typed = ["experiment=calculator", "where=reward >= 1", "finetuning.epochs=2"]
+    folder = RunFolder.create(root, "run", typed)
     folder.write_facts({"mlflow_run_id": "1" * 32})
     registry = PolicyRegistry(default_uri(root), "policy", "1" * 32)
     for number in range(4):

@@ -142,8 +142,8 @@ def test_the_settings_of_the_run_count_unless_others_are_typed(clean: Path, spoi
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "no such subcommand; use check or sql"),
-        (["drop"], "spans drop: no such subcommand"),
+        ([], "no subcommand ''; use `lightning-ray spans check`"),
+        (["drop"], "no subcommand 'drop'"),
         (["check"], "name one run"),
         (["check", "yesterday"], "the runs there are: run-1"),
         (["check", "run-1", "hygiene.leak=drop"], "hygiene.leak"),

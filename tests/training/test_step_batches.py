@@ -96,9 +96,7 @@ def batch_of(
     rows = rows + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)]) if rows else SPAN_SCHEMA.empty_table()
     config = replace(HygieneConfig(), **settings)
-    sequences, batch = make_batch(
-        records, spans, ALGORITHM, "policy", hygiene=config, heldout=heldout
-    )
+    sequences, batch = make_batch(records, spans, ALGORITHM, "policy", config, heldout)
     assert sequences.schema.equals(SEQUENCE_SCHEMA) and sequences.num_rows == batch.rows
     return sequences.to_pylist(), batch
 
@@ -179,7 +177,7 @@ def test_credit_that_cannot_be_used_stops_the_step(credit: Any, says: str) -> No
     rows = calls("a/1", [1]) + calls("b/1", [2]) + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)])
     with pytest.raises(UserError, match=rf"algorithm.name=own:Own: score_group .*{says}"):
-        make_batch(records, spans, Own(), "policy", "own:Own")
+        make_batch(records, spans, Own(), "policy", name="own:Own")
 
 
 def test_an_algorithm_may_learn_from_a_group_whose_attempts_are_all_good() -> None:
@@ -192,8 +190,8 @@ def test_an_algorithm_may_learn_from_a_group_whose_attempts_are_all_good() -> No
     records = [record("a", "g", 1.0), record("b", "g", 1.0), record("c", "h", 0.0)]
     rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("c/1", [3]) + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)])
-    checks = HygieneConfig(constant_groups=HygienePolicy.warn)
-    _, batch = make_batch(records, spans, Imitate(), "policy", "own:Imitate", checks)
+    kept = HygieneConfig(constant_groups=HygienePolicy.off)
+    _, batch = make_batch(records, spans, Imitate(), "policy", kept, name="own:Imitate")
     assert batch.advantages == {"a/1": 1.0, "b/1": 1.0}
     assert (batch.used_groups, batch.flat_groups) == (1, 1)
 
@@ -309,13 +307,12 @@ def test_a_rollout_at_a_held_out_task_stops_the_run_or_is_left_out() -> None:
     assert Check.LEAKAGE not in batch.hygiene.counts
 
 
-def test_constant_groups_may_be_kept_and_teach_nothing_without_credit() -> None:
+def test_constant_groups_may_be_kept() -> None:
     records = [record("a", "g", 0.5), record("b", "g", 0.5)]
     rows = calls("a/1", [1]) + calls("b/1", [2])
     _, batch = batch_of(records, rows, constant_groups=HygienePolicy.warn)
-    # The algorithm is asked, and gives none; see the one that imitates, which does.
+    # Not dropped for being constant, but GRPO gives no credit to anything in it.
     assert (batch.used_groups, batch.flat_groups, batch.rows) == (0, 1, 0)
-    assert batch.hygiene.dropped == {}
     assert batch.hygiene.counts[Check.CONSTANT_BATCHES] == 1
 
 
