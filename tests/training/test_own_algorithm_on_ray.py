@@ -48,7 +48,7 @@ def test_it_scores_in_a_task_and_its_loss_is_learnt_in_an_actor(
     records = [record("a", "g", 1.0), record("b", "g", 0.0), record("c", "g", 0.0)]
     rows = calls("a/1", [1, 2]) + calls("b/1", [3]) + calls("c/1", [4])
     spans = pa.Table.from_batches([to_batch(rows + ends(records))])
-    sequences, batch = build.remote(records, ray.put(spans), algorithm, "policy", NAME)
+    sequences, batch = build.remote(records, ray.put(spans), algorithm, "policy", name=NAME)
     credit = {"a/1": 1.0, "b/1": -0.5, "c/1": -0.5}
     assert ray.get(batch, timeout=60).advantages == credit
     config = LearnerConfig(dtype="fp32", num_threads=1)
@@ -70,7 +70,7 @@ def test_it_scores_in_a_task_and_its_loss_is_learnt_in_an_actor(
     worse = [record("a", "g", 7.0), record("b", "g", 0.0)]
     rows = calls("a/1", [1]) + calls("b/1", [3]) + ends(worse)
     spans = pa.Table.from_batches([to_batch(rows)])
-    _, batch = build.remote(worse, ray.put(spans), algorithm, "policy", NAME)
+    _, batch = build.remote(worse, ray.put(spans), algorithm, "policy", name=NAME)
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
         ray.get(batch, timeout=60)
     assert isinstance(raised.value.cause, UserError)

@@ -96,9 +96,7 @@ def batch_of(
     rows = rows + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)]) if rows else SPAN_SCHEMA.empty_table()
     config = replace(HygieneConfig(), **settings)
-    sequences, batch = make_batch(
-        records, spans, ALGORITHM, "policy", hygiene=config, heldout=heldout
-    )
+    sequences, batch = make_batch(records, spans, ALGORITHM, "policy", config, heldout)
     assert sequences.schema.equals(SEQUENCE_SCHEMA) and sequences.num_rows == batch.rows
     return sequences.to_pylist(), batch
 
@@ -309,7 +307,7 @@ def test_a_rollout_at_a_held_out_task_stops_the_run_or_is_left_out() -> None:
     assert Check.LEAKAGE not in batch.hygiene.counts
 
 
-def test_constant_groups_may_be_kept_and_teach_nothing_without_credit() -> None:
+def test_constant_groups_may_be_kept() -> None:
     records = [record("a", "g", 0.5), record("b", "g", 0.5)]
     rows = calls("a/1", [1]) + calls("b/1", [2])
     _, batch = batch_of(records, rows, constant_groups=HygienePolicy.warn)
