@@ -30,6 +30,17 @@ COMMANDS = {
             ("resume=RUN [KEY=VALUE ...]", "go on with a run from its last checkpoint"),
         ),
     ),
+    "optimize-prompt": Command(
+        "optimize_prompt",
+        (
+            ("experiment=NAME [KEY=VALUE ...]", "a better system prompt, by demonstrations"),
+            (
+                "experiment=NAME prompt=reflection prompt.reflection.base_url=URL "
+                "prompt.reflection.model=NAME",
+                "... or written by a language model",
+            ),
+        ),
+    ),
 }
 
 

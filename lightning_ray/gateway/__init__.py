@@ -9,12 +9,14 @@ from lightning_ray.gateway.answerers import Answerer, upstream_answerer
 from lightning_ray.gateway.config import GatewayConfig, RoleConfig, check_gateway
 from lightning_ray.gateway.roles import Role, describe, make_roles, models_of
 from lightning_ray.gateway.serving import choose_port, start_gateway, stop_gateway
+from lightning_ray.gateway.system_prompt import asked, system_prompt
 
 __all__ = [
     "Answerer",
     "GatewayConfig",
     "Role",
     "RoleConfig",
+    "asked",
     "check_gateway",
     "choose_port",
     "describe",
@@ -22,5 +24,6 @@ __all__ = [
     "models_of",
     "start_gateway",
     "stop_gateway",
+    "system_prompt",
     "upstream_answerer",
 ]

@@ -20,6 +20,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from starlette.responses import Response, StreamingResponse
 
+from lightning_ray.gateway.answered import AnsweredCall, NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
@@ -96,6 +97,15 @@ async def _relay(reply: aiohttp.ClientResponse) -> Response:
         async with reply:
             return Response(await reply.read(), reply.status, headers)
     return StreamingResponse(_stream(reply), reply.status, headers)
+
+
+async def _recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Response:
+    """Passes a reply on, and leaves a span of what was said."""
+    headers = _reply_headers(reply)
+    if "text/event-stream" in reply.headers.get("content-type", ""):
+        return StreamingResponse(call.stream(reply), reply.status, headers)
+    async with reply:
+        return Response(await call.whole(reply), reply.status, headers)
 
 
 async def _stream(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -202,6 +212,9 @@ class Gateway:
         reply = await self._client().request(
             "POST", url, params=request.query_params, data=content or None, headers=headers
         )
+        if identity.note_messages:
+            said = _parsed(content)
+            return await _recorded(NotedCall(self._spans, role.policy, call.by, said), reply)
         return await _relay(reply)
 
     async def _list(self, path: str, request: Request, identity: Identity) -> Response:
@@ -235,11 +248,7 @@ class Gateway:
             data=json.dumps(body).encode(),
             headers=headers,
         )
-        passed = _reply_headers(reply)
-        if "text/event-stream" in reply.headers.get("content-type", ""):
-            return StreamingResponse(asked.stream(reply), reply.status, passed)
-        async with reply:
-            return Response(await asked.whole(reply), reply.status, passed)
+        return await _recorded(asked, reply)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.max_body_bytes

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> None:
     """Runs or resumes a training job. Raises UserError for what the user can mend."""
     config, folder, overrides = _configure(arguments)
     check_train(config)
-    _settle_paths(config.agent)
-    tasks, heldout = _load_tasks(config)
+    settle_paths(config.agent)
+    tasks, heldout = load_train_tasks(config)
     check_agent(config.agent, [*tasks, *heldout])
     choose_port(config.gateway)
     base = resolve_model(config.policy.model)
@@ -206,7 +206,7 @@ def _configure(arguments: Sequence[str]) -> tuple[TrainConfig, RunFolder | None,
     return config, folder, overrides
 
 
-def _settle_paths(agent: AgentConfig) -> None:
+def settle_paths(agent: AgentConfig) -> None:
     """Makes the agent's paths absolute: workers run in folders of their own."""
     agent.cwd = str(Path(agent.cwd or ".").absolute())
     file, colon, function = agent.grader.rpartition(":")
@@ -214,7 +214,7 @@ def _settle_paths(agent: AgentConfig) -> None:
         agent.grader = f"{Path(file).absolute()}:{function}"
 
 
-def _load_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
+def load_train_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks. Raises UserError when a held-out task is trained on."""
     tasks = load_tasks(config.training.tasks)
     if config.evaluation.tasks is None:

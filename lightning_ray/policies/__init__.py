@@ -5,7 +5,12 @@ not know how a version was made. The application side and the learning side both
 imports neither.
 """
 
-from lightning_ray.policies.config import PolicyConfig, UpstreamConfig, settle_policies
+from lightning_ray.policies.config import (
+    PolicyConfig,
+    UpstreamConfig,
+    choose_policy,
+    settle_policies,
+)
 from lightning_ray.policies.prompts import PromptVersion
 from lightning_ray.policies.registry import PolicyRegistry, PolicyVersion
 from lightning_ray.policies.retention import prune
@@ -16,6 +21,7 @@ __all__ = [
     "PolicyVersion",
     "PromptVersion",
     "UpstreamConfig",
+    "choose_policy",
     "prune",
     "settle_policies",
 ]
