@@ -35,8 +35,7 @@ COMMANDS = {
         (
             ("experiment=NAME [KEY=VALUE ...]", "a better system prompt, by demonstrations"),
             (
-                "experiment=NAME prompt=reflection prompt.reflection.base_url=URL "
-                "prompt.reflection.model=NAME",
+                "experiment=NAME prompt=reflection prompt.reflection.base_url=URL ...",
                 "... or written by a language model",
             ),
         ),

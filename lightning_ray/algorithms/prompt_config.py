@@ -70,6 +70,8 @@ class PromptConfig:
     """Successors of one prompt tried side by side; the best that is better goes on."""
     validation: int = 32
     """Training tasks, set apart, on which prompts that go on are scored."""
+    target: float | None = None
+    """Validation score at which the search ends; null goes on until the budget is spent."""
     min_usable: float = 0.5
     """Share of the rollouts under a prompt that must come to a reward; below it the job stops."""
     demonstrations: DemonstrationsConfig = field(default_factory=DemonstrationsConfig)

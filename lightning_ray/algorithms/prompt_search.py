@@ -104,10 +104,11 @@ class PromptSearch:
     _numbers: dict[Candidate, int] = field(default_factory=dict)
     _parents: dict[int, int | None] = field(default_factory=dict)
     _spent: int = 0
+    _reached: bool = False
     _fault: LightningRayError | None = None
 
     def run(self) -> SearchResult:
-        """Searches until the budget is spent, or nothing can be proposed any more.
+        """Searches until the budget is spent or the target is reached.
 
         A proposer's LightningRayError ends the search with what was found so far. Raises what
         the runner raises.
@@ -206,12 +207,14 @@ class PromptSearch:
                 self.proposer.learn(trials)
             scores = [trial.score for trial in trials if trial.score is not None]
             mean = sum(scores) / len(scores) if scores else 0.0
+            target = self.config.target
+            self._reached |= validating and target is not None and mean >= target
             self.report(Probed(probe, mean, validating, self._spent))
         return results
 
     def _enough(self) -> bool:
         left = self.config.max_rollouts - self._spent
-        return self._fault is not None or left < self.config.round_rollouts
+        return self._reached or self._fault is not None or left < self.config.round_rollouts
 
     def _component(self, *_: object) -> list[str]:
         return [_SHOWN if self.config.proposer is Proposer.demonstrations else _TEXT]

@@ -83,9 +83,6 @@ class PromptRegistry:
         for entry in self.entries(run_id):
             if entry.prompt.version == prompt.version:
                 return entry
-        made = self._client.register_prompt(
-            self.name, _template(prompt), commit_message=f"{prompt.label} of run {run_id}"
-        )
         values = {
             "run": run_id,
             "version": prompt.version,
@@ -94,11 +91,21 @@ class PromptRegistry:
             "seed": prompt.seed,
             **tags,
         }
-        for key, value in values.items():
-            self._client.set_prompt_version_tag(
-                self.name, made.version, f"{_PREFIX}{key}", str(value)
-            )
-        self._link(run_id, int(made.version))
+        run = self._client.get_run(run_id)
+        made = self._client.register_prompt(
+            self.name,
+            _template(prompt),
+            commit_message=f"{prompt.label} of run {run_id}",
+            # All at once: an entry without its lineage could not be told from somebody else's.
+            tags={
+                **{f"{_PREFIX}{key}": str(value) for key, value in values.items()},
+                _EXPERIMENTS: f",{run.info.experiment_id},",
+            },
+        )
+        # The client's own function for this looks for the run in the process's default store.
+        linked = json.loads(run.data.tags.get(_LINKED, "[]"))
+        linked.append({"name": self.name, "version": str(made.version)})
+        self._client.set_tag(run_id, _LINKED, json.dumps(linked))
         return self.load(f"prompts:/{self.name}/{made.version}")
 
     def tag(self, entry: PromptEntry, tags: Mapping[str, str | int | float]) -> None:
@@ -132,17 +139,6 @@ class PromptRegistry:
         Raises UserError when there is none, or it is not one of ours.
         """
         return load_prompt(self._client, choice)
-
-    def _link(self, run_id: str, number: int) -> None:
-        """Makes MLflow's pages show the version with the run and its experiment.
-
-        The client's own function looks for the run in the process's default store, not in ours.
-        """
-        run = self._client.get_run(run_id)
-        linked = json.loads(run.data.tags.get(_LINKED, "[]"))
-        linked.append({"name": self.name, "version": str(number)})
-        self._client.set_tag(run_id, _LINKED, json.dumps(linked))
-        self._client.set_prompt_tag(self.name, _EXPERIMENTS, f",{run.info.experiment_id},")
 
     def _refuse_model(self) -> None:
         from mlflow.exceptions import MlflowException

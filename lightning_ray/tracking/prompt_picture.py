@@ -74,5 +74,6 @@ def plot_prompt_search(
     axes.set_title(title, loc="left", color=_INK, fontsize=11)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    # Below the axes: inside, it would lie on some point or other.
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)

@@ -242,9 +242,10 @@ class PromptTuner:
 
 
 def rounds(config: OptimizePromptConfig) -> int:
-    """How many rounds the budget is good for, about."""
+    """The most rounds that the budget is good for: no successor goes on to validation."""
     prompt = config.prompt
-    return max(1, (prompt.max_rollouts - prompt.first_rollouts) // prompt.round_rollouts)
+    left = prompt.max_rollouts - prompt.first_rollouts - prompt.validation
+    return max(1, left // (prompt.minibatch * (1 + prompt.proposals)))
 
 
 def compare(before: HeldoutScore | None, after: HeldoutScore | None) -> Interval | None:

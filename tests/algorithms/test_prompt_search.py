@@ -40,7 +40,7 @@ class World:
         return Trial(task, float(right), exchanges=(Exchange(f"{kind} of {task}", "yes"),))
 
 
-def search(world: World, seed: int = 0, **settings: int) -> tuple[SearchResult, list[Probed]]:
+def search(world: World, seed: int = 0, **settings: float) -> tuple[SearchResult, list[Probed]]:
     config = PromptConfig(**settings)  # type: ignore[arg-type]
     count = min(config.validation, len(TASKS) // 2)
     probed: list[Probed] = []
@@ -91,6 +91,13 @@ def test_the_budget_holds_and_validation_tasks_are_never_shown(
             # Nor is a successor tried first on a task whose answer it was shown.
     numbers = {probe.candidate: probe.number for probe in world.probes}
     assert len(set(numbers.values())) == len(numbers) and numbers[SEED] == 0
+
+
+def test_a_search_ends_where_its_target_is_reached():
+    result, probed = search(World(), target=0.5)
+    assert result.best.score >= 0.5 and probed[-1].validation
+    assert all(one.score < 0.5 for one in result.scored if one is not result.best)
+    assert result.spent < search(World())[0].spent
 
 
 def test_a_lost_rollout_neither_helps_nor_harms():
