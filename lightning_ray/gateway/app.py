@@ -209,13 +209,13 @@ class Gateway:
         headers = _request_headers(request)
         headers |= attribution_headers(call.answerer.key, call.by)
         url = call.answerer.url_for(identity.rollout_id) + path
+        noted = None
+        if identity.note_messages:
+            noted = NotedCall(self._spans, role.policy, call.by, _parsed(content))
         reply = await self._client().request(
             "POST", url, params=request.query_params, data=content or None, headers=headers
         )
-        if identity.note_messages:
-            said = _parsed(content)
-            return await _recorded(NotedCall(self._spans, role.policy, call.by, said), reply)
-        return await _relay(reply)
+        return await (_relay(reply) if noted is None else _recorded(noted, reply))
 
     async def _list(self, path: str, request: Request, identity: Identity) -> Response:
         """The models that may be asked for: as the one engine says, or our own list of several."""

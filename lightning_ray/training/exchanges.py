@@ -20,6 +20,8 @@ from lightning_ray.spans import SpanKind, SpanStatus
 from lightning_ray.training.rolling import came_to_reward
 
 _TOLD = (SpanKind.MODEL_CALL.value, SpanKind.MESSAGE.value)
+# Nothing is said in answer to these.
+_UNANSWERED = ("/v1/embeddings", "/v1/messages/count_tokens")
 _COLUMNS = ["kind", "name", "attempt_id", "policy", "status", "attributes"]
 _SHOWN = 60
 
@@ -98,7 +100,7 @@ def _told(spans: pa.Table, policy: str) -> Iterator[tuple[str, str, dict[str, An
     for row in spans.select(_COLUMNS).to_pylist():
         if row["kind"] not in _TOLD or row["policy"] != policy:
             continue
-        if row["status"] != SpanStatus.OK.value:
+        if row["status"] != SpanStatus.OK.value or row["name"] in _UNANSWERED:
             continue
         told = json.loads(row["attributes"] or "{}")
         if "request" in told and "reply" in told:

@@ -49,6 +49,7 @@ class Parts:
         self._base = base
         self._progress = progress
         self._stack = ExitStack()
+        self.frozen = {}
 
     def start(self, model: Path, version: int, learn: bool = True) -> None:
         """Starts everything; the engines answer with version `version`, whose weights are `model`.
