@@ -98,6 +98,16 @@ COMMANDS = {
             ("... --json FILE -- COMMAND ...", "also write the report to a file"),
         ),
     ),
+    "optimize-prompt": Command(
+        "optimize_prompt",
+        (
+            ("experiment=NAME [KEY=VALUE ...]", "a better system prompt, by demonstrations"),
+            (
+                "experiment=NAME prompt=reflection prompt.reflection.base_url=URL ...",
+                "... or written by a language model",
+            ),
+        ),
+    ),
 }
 
 

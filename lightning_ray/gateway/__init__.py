@@ -17,6 +17,7 @@ from lightning_ray.gateway.fleet import Fleet
 from lightning_ray.gateway.live import LiveDoor, start_desk
 from lightning_ray.gateway.roles import Role, describe, make_roles, models_of
 from lightning_ray.gateway.serving import choose_port, start_gateway, stop_gateway
+from lightning_ray.gateway.system_prompt import asked, system_prompt
 
 __all__ = [
     "Answerer",
@@ -26,6 +27,7 @@ __all__ = [
     "Role",
     "RoleConfig",
     "ServingConfig",
+    "asked",
     "check_gateway",
     "check_serving",
     "choose_port",
@@ -35,5 +37,6 @@ __all__ = [
     "start_desk",
     "start_gateway",
     "stop_gateway",
+    "system_prompt",
     "upstream_answerer",
 ]

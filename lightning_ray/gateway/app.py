@@ -21,6 +21,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from starlette.responses import Response, StreamingResponse
 
+from lightning_ray.gateway.answered import AnsweredCall, NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
 from lightning_ray.gateway.desk import Passage, conversation_of
@@ -100,6 +101,15 @@ async def _relay(reply: aiohttp.ClientResponse) -> Response:
         async with reply:
             return Response(await reply.read(), reply.status, headers)
     return StreamingResponse(_stream(reply), reply.status, headers)
+
+
+async def _recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Response:
+    """Passes a reply on, and leaves a span of what was said."""
+    headers = _reply_headers(reply)
+    if "text/event-stream" in reply.headers.get("content-type", ""):
+        return StreamingResponse(call.stream(reply), reply.status, headers)
+    async with reply:
+        return Response(await call.whole(reply), reply.status, headers)
 
 
 async def _stream(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -277,10 +287,13 @@ class Gateway:
             return await self._ask_upstream(_Call(path, content, by, answerer), request)
         headers = _request_headers(request) | extra | attribution_headers(answerer.key, by)
         url = answerer.url_for(identity.rollout_id) + path
+        noted = None
+        if identity.note_messages:
+            noted = NotedCall(self._spans, role.policy, by, _parsed(content))
         reply = await self._client().request(
             "POST", url, params=request.query_params, data=content or None, headers=headers
         )
-        return await _relay(reply)
+        return await (_relay(reply) if noted is None else _recorded(noted, reply))
 
     async def _list(self, path: str, request: Request, identity: Identity) -> Response:
         """The models that may be asked for: as the one engine says, or our own list of several."""
@@ -316,11 +329,7 @@ class Gateway:
             data=json.dumps(body).encode(),
             headers=headers,
         )
-        passed = _reply_headers(reply)
-        if "text/event-stream" in reply.headers.get("content-type", ""):
-            return StreamingResponse(asked.stream(reply), reply.status, passed)
-        async with reply:
-            return Response(await asked.whole(reply), reply.status, passed)
+        return await _recorded(asked, reply)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.max_body_bytes

@@ -10,6 +10,7 @@ from lightning_ray.policies import PromptVersion
 
 Json = dict[str, Any]
 _SYSTEM_ROLES = ("system", "developer")
+_TEXT_BLOCKS = ("text", "input_text")
 
 
 def system_prompt(path: str, body: Json) -> str:
@@ -23,6 +24,24 @@ def system_prompt(path: str, body: Json) -> str:
         return "\n".join(part for part in parts if part)
     messages = body.get("messages")
     return "\n".join(_leading(messages)) if isinstance(messages, list) else ""
+
+
+def asked(body: Json) -> str:
+    """The text of the request's last message where that is a user's, and nothing but text.
+
+    Empty for any other: what a tool said, an image, a bare completion.
+    """
+    given = body.get("input", body.get("messages"))
+    if isinstance(given, str):
+        return given
+    last = given[-1] if isinstance(given, list) and given else None
+    if not isinstance(last, dict) or last.get("role") != "user":
+        return ""
+    content = last.get("content")
+    blocks = content if isinstance(content, list) else []
+    if any(not isinstance(b, dict) or b.get("type") not in _TEXT_BLOCKS for b in blocks):
+        return ""
+    return _text(content)
 
 
 def apply_prompt(path: str, body: Json, prompt: PromptVersion) -> Json | None:

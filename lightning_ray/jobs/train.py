@@ -60,7 +60,7 @@ def _check(config: TrainConfig) -> tuple[list[Task], list[Task], Path]:
     """All that can be wrong, before anything starts; the tasks, the held-out tasks, the model."""
     check_train(config)
     settle_paths(config.agent)
-    tasks, heldout = _load_tasks(config)
+    tasks, heldout = load_train_tasks(config)
     check_agent(config.agent, [*tasks, *heldout])
     choose_port(config.gateway)
     base = resolve_model(config.policy.model)
@@ -260,7 +260,7 @@ def settle_paths(agent: AgentConfig) -> None:
         agent.grader = f"{Path(file).absolute()}:{function}"
 
 
-def _load_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
+def load_train_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
     """Training and held-out tasks. Raises UserError when a held-out task is trained on.
 
     With another `hygiene.leakage` than stop it is for the checks of its step to see to that.

@@ -5,7 +5,12 @@ versions are released. It does not know how a version was made. The application 
 learning side both read it; it imports neither.
 """
 
-from lightning_ray.policies.config import PolicyConfig, UpstreamConfig, settle_policies
+from lightning_ray.policies.config import (
+    PolicyConfig,
+    UpstreamConfig,
+    choose_policy,
+    settle_policies,
+)
 from lightning_ray.policies.prompts import PromptVersion
 from lightning_ray.policies.registry import PolicyRegistry, PolicyVersion
 from lightning_ray.policies.releases import Release, Releases
@@ -19,6 +24,7 @@ __all__ = [
     "Release",
     "Releases",
     "UpstreamConfig",
+    "choose_policy",
     "prune",
     "settle_policies",
 ]

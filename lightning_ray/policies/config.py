@@ -51,28 +51,61 @@ def settle_policies(
     Without `several` the run has one policy, `single`. Raises UserError for what cannot be trained
     and for values that no policy can have.
     """
-    if not several:
-        several = {single.name: single}
-    named = {name: replace(policy, name=name) for name, policy in several.items()}
-    for name, policy in named.items():
-        where = "policy" if policy.name == single.name and len(named) == 1 else f"policies.{name}"
-        if policy.keep_versions < 1:
-            raise UserError(
-                f"{where}.keep_versions={policy.keep_versions}: the version in use is kept, "
-                "so at least 1"
-            )
+    named = _named(single, several)
+    for where, policy in named.items():
         if policy.is_upstream and policy.train:
             raise UserError(
                 f"{where} is answered by {policy.upstream.base_url}, whose weights cannot be "
                 f"trained; set {where}.train=false, or take its upstream away"
             )
-        if policy.is_upstream and not policy.upstream.base_url.startswith(("http://", "https://")):
-            raise UserError(f"{where}.upstream.base_url={policy.upstream.base_url}: no http(s) URL")
     trained = [policy for policy in named.values() if policy.train]
     if len(trained) != 1:
         names = ", ".join(policy.name for policy in trained) or "none"
         raise UserError(
-            f"one policy of {', '.join(named)} is to be trained, and {names} would be; "
+            f"one policy of {_names(named)} is to be trained, and {names} would be; "
             "set policies.NAME.train=true for one and false for the others"
         )
-    return trained[0], {name: policy for name, policy in named.items() if not policy.train}
+    return trained[0], {policy.name: policy for policy in named.values() if not policy.train}
+
+
+def choose_policy(
+    single: PolicyConfig, several: Mapping[str, PolicyConfig], chosen: str | None
+) -> tuple[PolicyConfig, dict[str, PolicyConfig]]:
+    """The policy `chosen`, and the others by name, for a job that trains no weights.
+
+    Without `chosen`: the only policy there is, or the only one that would be trained. Raises
+    UserError where that leaves several, or none of that name.
+    """
+    named = _named(single, several)
+    policies = {policy.name: policy for policy in named.values()}
+    if chosen is not None:
+        found = [policies[chosen]] if chosen in policies else []
+    else:
+        found = [p for p in policies.values() if p.train or len(policies) == 1]
+    if len(found) != 1:
+        which = "name one" if chosen is None else f"there is none called {chosen!r}"
+        raise UserError(f"prompt.policy: {which}; the policies are: {_names(named)}")
+    still = {name: replace(policy, train=False) for name, policy in policies.items()}
+    first = still.pop(found[0].name)
+    return first, still
+
+
+def _named(single: PolicyConfig, several: Mapping[str, PolicyConfig]) -> dict[str, PolicyConfig]:
+    """Every policy, by the key that it is set under; raises UserError for impossible values."""
+    if several:
+        named = {f"policies.{name}": replace(p, name=name) for name, p in several.items()}
+    else:
+        named = {"policy": single}
+    for where, policy in named.items():
+        if policy.keep_versions < 1:
+            raise UserError(
+                f"{where}.keep_versions={policy.keep_versions}: the version in use is kept, "
+                "so at least 1"
+            )
+        if policy.is_upstream and not policy.upstream.base_url.startswith(("http://", "https://")):
+            raise UserError(f"{where}.upstream.base_url={policy.upstream.base_url}: no http(s) URL")
+    return named
+
+
+def _names(named: Mapping[str, PolicyConfig]) -> str:
+    return ", ".join(policy.name for policy in named.values())

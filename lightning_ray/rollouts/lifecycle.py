@@ -173,7 +173,7 @@ class Lifecycle:
         rollout.status = RolloutStatus.RUNNING
         self._attempts += 1
         self._open[attempt.digest] = Identity(
-            self._run_id, spec.rollout_id, attempt.attempt_id, spec.prompts
+            self._run_id, spec.rollout_id, attempt.attempt_id, spec.prompts, spec.note_messages
         )
         return Lease(
             run_id=self._run_id,

@@ -57,6 +57,8 @@ class RolloutSpec:
     """Rollouts of one group are samples of the same task, compared with each other."""
     prompts: tuple[PromptVersion, ...] = ()
     """Prompts that the gateway puts in the place of the agent's own in this rollout."""
+    note_messages: bool = False
+    """Whether the gateway keeps what was said in each call as text, beside an engine's tokens."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Identity:
     rollout_id: str
     attempt_id: str
     prompts: tuple[PromptVersion, ...] = ()
+    """As in the rollout's spec."""
+    note_messages: bool = False
     """As in the rollout's spec."""
 
 

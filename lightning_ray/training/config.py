@@ -74,6 +74,13 @@ def check_train(config: TrainConfig) -> None:
 
     Afterwards `config.policy` is the trained policy, and `config.policies` holds every one.
     """
+    config.policy, frozen = settle_policies(config.policy, config.policies)
+    config.policies = {config.policy.name: config.policy, **frozen}
+    check_rooms(config)
+
+
+def check_rooms(config: TrainConfig) -> None:
+    """As `check_train`, once the policies are settled."""
     training = config.training
     for name in ("steps", "tasks_per_step", "checkpoint_every", "keep_checkpoints"):
         if getattr(training, name) < 1:
@@ -83,8 +90,6 @@ def check_train(config: TrainConfig) -> None:
             raise UserError(f"{name}={seed}: must be 0 or above")
     if training.step_timeout_s <= 0:
         raise UserError(f"training.step_timeout_s={training.step_timeout_s}: must be above 0")
-    config.policy, frozen = settle_policies(config.policy, config.policies)
-    config.policies = {config.policy.name: config.policy, **frozen}
     if not 0 <= training.min_usable <= 1:
         raise UserError(f"training.min_usable={training.min_usable}: must lie between 0 and 1")
     if not config.name or "/" in config.name:

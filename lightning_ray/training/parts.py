@@ -1,7 +1,7 @@
 """The running parts of a job: started in an order that overlaps their waits, stopped in reverse."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from lightning_ray.cluster import Needs
 from lightning_ray.errors import LightningRayError
 from lightning_ray.gateway import (
     Answerer,
+    Role,
     choose_port,
     make_roles,
     models_of,
@@ -51,7 +52,7 @@ class Parts:
     store: SpanClient
     queue: QueueClient
     engines: InferenceGroup
-    """Of the trained policy."""
+    """Of the trained policy; none where somebody else's API answers for it."""
     frozen: dict[str, InferenceGroup]
     """Engines of the policies that stay as they are; one with an upstream has none."""
     learner: LearnerGroup
@@ -66,12 +67,14 @@ class Parts:
         self._base = base
         self._progress = progress
         self._stack = ExitStack()
+        self.frozen = {}
 
     def start(self, model: Path, version: int, learn: bool = True, work: bool = True) -> None:
         """Starts everything; the engines answer with version `version`, whose weights are `model`.
 
-        Without `learn` there is no learner: for jobs that only run the agent; without
-        `work` no workers, for a job that starts its own.
+        Without `learn` there is no learner: for jobs that only run the agent; without `work` no
+        workers, for a job that starts its own. Where every policy has an upstream and nothing
+        learns, no engine starts either, and `model` is not read.
 
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
@@ -80,23 +83,14 @@ class Parts:
         trained = config.policy.name
         roles = make_roles(config.gateway, trained, list(config.policies) or [trained])
         others = {n: policy for n, policy in config.policies.items() if n != trained}
-        answerers = [upstream_answerer(p) for p in others.values() if p.is_upstream]
+        upstreams = [p for p in (config.policy, *others.values()) if p.is_upstream]
+        answerers = [upstream_answerer(policy) for policy in upstreams]
         models = {n: resolve_model(p.model) for n, p in others.items() if not p.is_upstream}
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
         self.queue = start_queue(self._folder.run_id, config.rollouts)
-        learner = " and the DeepSpeed learner" if learn else ""
-        with self._progress.phase(f"starting the vLLM engine{learner}", slow=True):
-            # The engines' slow start runs while the learner's is waited for.
-            self.engines = self._engines(model, trained, models_of(roles, trained), version)
-            self.frozen = {
-                name: self._engines(folder, name, models_of(roles, name), 0)
-                for name, folder in models.items()
-            }
-            if learn:
-                self._start_learner()
-            for name, group in ((trained, self.engines), *self.frozen.items()):
-                answerers.append(Answerer(name, tuple(group.wait_ready()), group.key))
+        if learn or models or not config.policy.is_upstream:
+            answerers += self._start_models(model, version, models, roles, learn)
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
             self._at_end(stop_gateway)
             self.url = start_gateway(
@@ -107,6 +101,33 @@ class Parts:
                     config.rollouts, config.agent, self.queue, self.store, self.url
                 )
                 self._at_end(self.workers.stop)
+
+    def _start_models(
+        self,
+        model: Path,
+        version: int,
+        models: Mapping[str, Path],
+        roles: Sequence[Role],
+        learn: bool,
+    ) -> list[Answerer]:
+        """Starts the engines and the learner; returns who answers once all of them do."""
+        config = self._config
+        trained = config.policy.name
+        learner = " and the DeepSpeed learner" if learn else ""
+        with self._progress.phase(f"starting the vLLM engine{learner}", slow=True):
+            groups = {}
+            # The engines' slow start runs while the learner's is waited for.
+            if not config.policy.is_upstream:
+                self.engines = self._engines(model, trained, models_of(roles, trained), version)
+                groups[trained] = self.engines
+            self.frozen = {
+                name: self._engines(folder, name, models_of(roles, name), 0)
+                for name, folder in models.items()
+            }
+            if learn:
+                self._start_learner()
+            groups |= self.frozen
+            return [Answerer(n, tuple(g.wait_ready()), g.key) for n, g in groups.items()]
 
     def _engines(
         self, model: Path, policy: str, names: Sequence[str], version: int

@@ -7,7 +7,7 @@ import httpx
 import pytest
 import ray
 from aiohttp import web
-from stub_engine import StubEngine, stub_engine
+from stub_engine import PIECES, REPLY, StubEngine, stub_engine
 
 from lightning_ray.errors import UserError
 from lightning_ray.gateway import (
@@ -54,11 +54,15 @@ class Door:
         self.url, self.api, self.engine, self.store, self.queue = url, api, engine, store, queue
         self._count = 0
 
-    def ask(self, how: str = "", prompt: bool = False, **body: object) -> httpx.Response:
+    def ask(
+        self, how: str = "", prompt: bool = False, note: bool = False, **body: object
+    ) -> httpx.Response:
         """One call of a new attempt, whose id is `attempt` afterwards."""
         self._count += 1
         prompts = (PROMPT,) if prompt else ()
-        spec = RolloutSpec(f"up-{self._count}", "task", {}, 600.0, prompts=prompts)
+        spec = RolloutSpec(
+            f"up-{self._count}", "task", {}, 600.0, prompts=prompts, note_messages=note
+        )
         self.queue.enqueue([spec])
         lease = ray.get(self.queue.actor.dequeue.remote(5), timeout=10)
         self.attempt = lease.attempt_id
@@ -136,6 +140,30 @@ def test_a_prompt_version_reaches_the_upstream_and_is_named_on_the_span(door):
     body = json.loads(door.api.requests[-1][3])
     assert body["messages"][0] == {"role": "system", "content": "Be exact."}
     assert door.span()["attributes"]["prompt"] == "solver@2"
+
+
+@pytest.mark.parametrize("note", [False, True])
+@pytest.mark.parametrize("how", ["", "stream"])
+def test_what_an_engine_said_is_kept_as_text_only_where_a_rollout_asks(door, how, note):
+    for _ in PIECES:
+        door.engine.piece.release()
+    reply = door.ask(how, note=note, model="planner-mini")
+    # Byte for byte as the engine wrote it, read or not.
+    assert reply.content == (b"".join(PIECES) if how else REPLY)
+    rows = door.store.get([door.attempt]).to_pylist()
+    if not note:
+        assert rows == []
+        return
+    (row,) = rows
+    told = json.loads(row["attributes"])
+    assert (row["kind"], row["policy"], row["token_ids"]) == ("message", "planner", None)
+    assert told["request"]["messages"][0]["content"] == "Be brief."
+    assert told["reply"]["text"] == ("" if how else "ü ü")
+
+
+def test_what_an_upstream_said_is_kept_once(door):
+    door.ask(note=True)
+    assert door.span()["kind"] == "model_call"
 
 
 def test_every_role_has_its_model_in_the_list(door):
