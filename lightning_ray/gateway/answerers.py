@@ -15,8 +15,8 @@ class Upstream:
     base_url: str
     model: str | None
     key: str | None
-    input_per_million: float
-    output_per_million: float
+    input_per_million: float | None
+    output_per_million: float | None
 
     def __repr__(self) -> str:
         # Without the key: this may come to stand in a log.

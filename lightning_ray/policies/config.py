@@ -16,10 +16,10 @@ class UpstreamConfig:
     """The name to ask for there; null asks for the name that the agent uses."""
     api_key_env: str | None = None
     """Environment variable that holds its key, read where the job is started; null sends none."""
-    input_per_million: float = 0.0
-    """Price of a million prompt tokens, for the cost on the span."""
-    output_per_million: float = 0.0
-    """Price of a million answered tokens."""
+    input_per_million: float | None = None
+    """Price of a million prompt tokens, US dollars, for the cost on the span; null says no cost."""
+    output_per_million: float | None = None
+    """Price of a million answered tokens, US dollars."""
 
 
 @dataclass
