@@ -6,6 +6,7 @@ from lightning_ray.algorithms.prompt_config import Proposer
 from lightning_ray.cli import run
 from lightning_ray.errors import UserError
 from lightning_ray.jobs.compose import compose_config
+from lightning_ray.tracking.store import default_uri, open_client
 from lightning_ray.training.prompt_job import (
     OptimizePromptConfig,
     check_optimize_prompt,
@@ -81,6 +82,15 @@ def test_tasks_are_split_in_two_and_one_is_too_few():
     assert [split_tasks(n, 32) for n in (2, 10, 64, 1000)] == [1, 5, 32, 32]
     with pytest.raises(UserError, match="at least 2"):
         split_tasks(1, 32)
+
+
+def test_a_name_that_a_model_has_ends_the_command_before_a_run_is_made(tmp_path, capsys):
+    open_client(default_uri(tmp_path)).create_registered_model("taken")
+    words = [f"policy.{UPSTREAM}", "prompt.name=taken", f"output_dir={tmp_path}"]
+    assert run(["optimize-prompt", "experiment=calculator", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: prompt.name=taken: a registered model has that name")
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 @pytest.mark.parametrize(
