@@ -16,7 +16,13 @@ from lightning_ray.gateway.config import (
 from lightning_ray.gateway.fleet import Fleet
 from lightning_ray.gateway.live import LiveDoor, start_desk
 from lightning_ray.gateway.roles import Role, describe, make_roles, models_of
-from lightning_ray.gateway.serving import choose_port, start_gateway, stop_gateway
+from lightning_ray.gateway.service import Service, champions_of
+from lightning_ray.gateway.serving import (
+    choose_port,
+    gateway_application,
+    start_gateway,
+    stop_gateway,
+)
 from lightning_ray.gateway.system_prompt import asked, system_prompt
 
 __all__ = [
@@ -26,12 +32,15 @@ __all__ = [
     "LiveDoor",
     "Role",
     "RoleConfig",
+    "Service",
     "ServingConfig",
     "asked",
+    "champions_of",
     "check_gateway",
     "check_serving",
     "choose_port",
     "describe",
+    "gateway_application",
     "make_roles",
     "models_of",
     "start_desk",

@@ -32,6 +32,30 @@ def choose_port(config: GatewayConfig) -> int:
         return probe.getsockname()[1]
 
 
+def gateway_application(
+    config: GatewayConfig,
+    queue: ActorHandle | None,
+    roles: Sequence[Role],
+    answerers: Sequence[Answerer],
+    spans: SpanClient,
+    live: LiveDoor | None = None,
+) -> serve.Application:
+    """The door as an application that Ray Serve can run.
+
+    `queue` lets attempts in, `live` callers with keys.
+    """
+    # Imported late: the module needs Ray Serve's decorators, which read the environment.
+    from lightning_ray.gateway.app import Gateway
+
+    # What the decorator made of the class is a deployment, which type checkers cannot see.
+    application: serve.Application = Gateway.options(  # type: ignore[attr-defined]
+        num_replicas=config.num_replicas,
+        ray_actor_options={"num_cpus": config.num_cpus},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    ).bind(config, queue, list(roles), list(answerers), spans, live)
+    return application
+
+
 def start_gateway(
     config: GatewayConfig,
     port: int,
@@ -45,9 +69,6 @@ def start_gateway(
 
     `queue` lets attempts in, `live` callers with keys.
     """
-    # Imported late: the module needs Ray Serve's decorators, which read the environment.
-    from lightning_ray.gateway.app import Gateway
-
     # Serve speaks to the terminal by itself; the panel says what there is to say.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
@@ -55,13 +76,8 @@ def start_gateway(
         http_options={"host": config.host, "port": port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    # What the decorator made of the class is a deployment, which type checkers cannot see.
-    bound = Gateway.options(  # type: ignore[attr-defined]
-        num_replicas=config.num_replicas,
-        ray_actor_options={"num_cpus": config.num_cpus},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    ).bind(config, queue, list(roles), list(answerers), spans, live)
-    serve.run(bound, name=APP, route_prefix="/")
+    application = gateway_application(config, queue, roles, answerers, spans, live)
+    serve.run(application, name=APP, route_prefix="/")
     host = config.host
     if host in ("0.0.0.0", "::"):
         # Listening everywhere is no address to call: say the one that other nodes reach.

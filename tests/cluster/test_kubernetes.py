@@ -20,7 +20,7 @@ from lightning_ray.cluster.kuberay import render_ray_job
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "k8s" / "base"
 KUBERNETES = "1.37"
-SERVICE = "lightning_ray.gateway.service:build"
+SERVICE = "lightning_ray.jobs.service:build"
 
 CLUSTER = ClusterConfig(
     address="kuberay",
@@ -170,7 +170,6 @@ def test_what_ray_reads_inside_the_manifests_is_rays() -> None:
             assert application.import_path == SERVICE
 
 
-@pytest.mark.xfail(strict=True, reason="`lightning-ray serve` brings it; then this mark goes")
 def test_the_gateways_application_can_be_built() -> None:
     module, _, builder = SERVICE.partition(":")
     assert callable(getattr(importlib.import_module(module), builder))
