@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -237,3 +238,41 @@ def test_a_service_without_a_release_or_a_key_does_not_start(service, cli, monke
     ):
         ended = cli.run("serve", *arguments, f"output_dir={service.root}", timeout=60)
         assert ended.returncode == 2 and message in ended.stderr
+
+
+SERVED_BY_RAY = """
+import socket, sys
+import httpx, ray
+from ray import serve
+from lightning_ray.jobs.service import build
+root = sys.argv[1]
+ray.init(num_cpus=4, address="local", include_dashboard=False, log_to_driver=False)
+settings = ["policy.name=helper", "gateway.models=[gpt-4o-mini]", f"output_dir={root}",
+            "+serving.keys.web=WEB_KEY"]
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+serve.start(http_options={"host": "127.0.0.1", "port": port})
+serve.run(build({"settings": settings}), name="lightning-ray", route_prefix="/")
+body = {"model": "gpt-4o-mini", "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}
+for key in ("a-key-of-the-web-front", "guess"):
+    reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60,
+                       headers={"authorization": f"Bearer {key}"})
+    print("status", reply.status_code, reply.headers.get("x-lightning-ray-version"), flush=True)
+serve.shutdown()
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_ray_serve_runs_the_application_that_a_ray_service_names(service, monkeypatch):
+    monkeypatch.setenv("WEB_KEY", KEY)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVED_BY_RAY, str(service.root)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert "status 200 helper@1" in done.stdout, done.stdout + done.stderr
+    assert "status 401 None" in done.stdout
