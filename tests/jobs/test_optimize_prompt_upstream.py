@@ -19,7 +19,7 @@ from lightning_ray.policies.prompt_registry import PromptRegistry
 from lightning_ray.spans import SpanKind
 from lightning_ray.spans.query import read_folder
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 OWN = "Turn each question into a calculator expression."
 HEAVY = ("libtorch", "/vllm/", "/deepspeed/")
@@ -71,7 +71,7 @@ def story(cli, few_heldout, tmp_path_factory) -> Iterator[Story]:
     yield Story(folder, uri, lines, process.returncode, loaded, api)
 
 
-def watch(pid: int, limit_s: float = 240) -> set[str]:
+def watch(pid: int, limit_s: float = 480) -> set[str]:
     """Heavy libraries in the job's process and every process that it starts, until it ends."""
     loaded: set[str] = set()
     root = psutil.Process(pid)
