@@ -86,7 +86,7 @@ def _run(
         folder.write_facts({"job": JOB, "mlflow_run_id": tracked.run_id})
         tracked.log_config(resolved(config) | {"about": dict(about)})
         parts = Parts(config, folder, subject.path, progress)
-        with session(config, parts, tracked, progress, "the same command again"):
+        with session(config, parts, tracked, progress, "the same command again", learn=False):
             parts.start(subject.path, subject.number, learn=False)
             sides = []
             for place, version in enumerate(versions):

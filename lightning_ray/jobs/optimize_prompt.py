@@ -22,13 +22,13 @@ from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway import choose_port, upstream_answerer
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.prompt_results import leave_results, register_prompts, say_results
-from lightning_ray.jobs.running import running_parts
+from lightning_ray.jobs.session import session
 from lightning_ray.jobs.train import load_train_tasks, settle_paths
 from lightning_ray.policies.models import resolve_model
 from lightning_ray.policies.prompt_registry import PromptRegistry, prompt_name
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.tracking.store import default_uri
-from lightning_ray.training import RunFolder
+from lightning_ray.training import Parts, RunFolder
 from lightning_ray.training.language_model import LanguageModel
 from lightning_ray.training.prompt_job import (
     OptimizePromptConfig,
@@ -98,7 +98,8 @@ def _run(
         )
         folder.write_facts({"job": "optimize-prompt", "mlflow_run_id": tracked.run_id})
         tracked.log_config(resolved(config))
-        with running_parts(config, folder, base, progress, tracked) as parts:
+        parts = Parts(config, folder, base, progress)
+        with session(config, parts, tracked, progress, learn=False):
             parts.start(base, 0, learn=False)
             tuner = PromptTuner(config, folder, parts, tracked, progress, tasks, heldout)
             tuner.rehearse()

@@ -20,14 +20,16 @@ def session(
     parts: Parts,
     tracked: TrackedRun,
     progress: Progress,
-    again: str,
+    again: str | None = None,
+    learn: bool = True,
 ) -> Iterator[None]:
     """Ray is up inside; afterwards the parts are stopped and the MLflow run is closed.
 
-    `again` is the command that goes on with the job, told when it did not finish.
+    `again` is the command that goes on with the job, told when it did not finish; `learn` says
+    whether the job has a learner.
     """
     status = RunStatus.FAILED
-    connection = Connection(config.cluster, needs_of(config))
+    connection = Connection(config.cluster, needs_of(config, learn))
     try:
         with progress.phase("starting Ray", slow=True):
             connection.__enter__()
@@ -51,5 +53,5 @@ def session(
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if status is not RunStatus.FINISHED:
+        if status is not RunStatus.FINISHED and again is not None:
             progress.note(f"to go on: {again}")
