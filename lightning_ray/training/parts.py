@@ -35,7 +35,7 @@ def needs_of(config: TrainConfig, learn: bool = True) -> Needs:
     """What the parts of a job ask Ray for."""
     inference, learner, rollouts = config.inference, config.learner, config.rollouts
     ours = [policy for policy in config.policies.values() if not policy.is_upstream]
-    engines = inference.num_engines * max(1, len(ours))
+    engines = inference.num_engines * (len(ours) if config.policies else 1)
     ranks = learner.num_ranks if learn else 0
     return Needs(
         cpus=engines * inference.num_cpus
