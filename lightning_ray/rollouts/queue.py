@@ -34,6 +34,7 @@ class RolloutQueue:
         self._ended: dict[str, asyncio.Event] = {}
         self._over: dict[str, asyncio.Event] = {}
         self._expiring: asyncio.Task[None] | None = None
+        self._retired: set[str] = set()
 
     async def enqueue(self, specs: Sequence[RolloutSpec]) -> int:
         """Queues rollouts in order; returns how many were new."""
@@ -43,10 +44,13 @@ class RolloutQueue:
         self._work.set()
         return new
 
-    async def dequeue(self, wait_s: float) -> Lease | None:
-        """The next attempt, for the caller alone; None when there was none for `wait_s` seconds."""
+    async def dequeue(self, wait_s: float, worker: str = "") -> Lease | None:
+        """The next attempt, for the caller alone; None when there was none for `wait_s` seconds.
+
+        Nor is there any for a worker that has retired.
+        """
         deadline = time.monotonic() + wait_s
-        while True:
+        while worker not in self._retired:
             lease = self._lives.dequeue(time.monotonic())
             if lease is not None:
                 self._over[lease.attempt_id] = asyncio.Event()
@@ -56,6 +60,16 @@ class RolloutQueue:
                 await asyncio.wait_for(self._work.wait(), deadline - time.monotonic())
             except TimeoutError:
                 return None
+        return None
+
+    async def retire(self, worker: str) -> None:
+        """Gives a worker that stops nothing more: its calls that still wait here end empty.
+
+        Ray does not end a call whose caller is gone; an attempt handed to one would be lost until
+        it is overdue.
+        """
+        self._retired.add(worker)
+        self._work.set()
 
     async def finish(self, attempt_id: str, outcome: AttemptOutcome) -> bool:
         """Takes a worker's report; False when the attempt no longer decides anything."""

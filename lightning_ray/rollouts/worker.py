@@ -7,6 +7,7 @@ reported as failed, and the rollout's policy decides whether it is tried again.
 
 import asyncio
 import logging
+import secrets
 import time
 from typing import Any
 
@@ -35,6 +36,7 @@ from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
 log = logging.getLogger(__name__)
 
 DEQUEUE_WAIT_S = 10.0
+RETIRE_TIMEOUT_S = 3.0
 SHOWN_CHARACTERS = 2000
 """How much of an agent's output goes into spans and reports."""
 
@@ -50,6 +52,7 @@ class RolloutWorker:
         spans: SpanClient,
         gateway_url: str,
     ):
+        self._id = secrets.token_hex(8)
         self._config = agent
         self._slots = slots
         self._queue = queue
@@ -68,16 +71,24 @@ class RolloutWorker:
 
     async def stop(self) -> None:
         """Stops the agents that run, and takes no more work."""
+        await self._retire()
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         if self._launcher is not None:
             await self._launcher.close()
 
+    async def _retire(self) -> None:
+        try:
+            async with asyncio.timeout(RETIRE_TIMEOUT_S):
+                await self._queue.retire.remote(self._id)
+        except (ray.exceptions.RayActorError, TimeoutError) as error:
+            log.info("the rollout queue did not hear that this worker stops: %s", error)
+
     async def _work(self) -> None:
         while True:
             try:
-                lease = await self._queue.dequeue.remote(DEQUEUE_WAIT_S)
+                lease = await self._queue.dequeue.remote(DEQUEUE_WAIT_S, self._id)
             except ray.exceptions.RayActorError as error:
                 log.error("the rollout queue is gone, this worker slot ends: %s", error)
                 return

@@ -211,19 +211,24 @@ def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(st
 
 
 def test_the_prefix_cache_never_crosses_versions(stack, tmp_path):
-    """The same long prompt under two versions: cached keys of the old must not answer."""
-    body = {**question(11), "temperature": 0, "max_tokens": 8}
-    body["messages"] = [{"role": "user", "content": "word " * 300}, *body["messages"][1:]]
-    stack.post("warm", **body)
+    """The same long prompts under two versions: cached keys of the old must not answer."""
+
+    def ask(name: str) -> None:
+        for number in range(6):
+            body = {**question(11 + number), "temperature": 0, "max_tokens": 8}
+            long = {"role": "user", "content": "word " * 300}
+            body["messages"] = [long, *body["messages"][1:]]
+            stack.post(f"{name}{number}", **body)
+
+    ask("warm")
     stack.engines.update_weights(str(stack.base), 2)
     stack.version = 2
-    stack.post("crossed", **body)
+    ask("crossed")
     stack.engines.update_weights(str(stack.learner.publish(tmp_path / "version-3", 120)), 3)
     stack.version = 3
-    stack.post("back", **body)
-    attempts = {f"{name}/1": name for name in ("warm", "crossed", "back")}
-    sequences, _ = build_sequences(stack.store.get(list(attempts)), attempts, "policy")
-    back = sequences.filter(pa.array([a == "back/1" for a in sequences["attempt_id"].to_pylist()]))
+    ask("back")
+    attempts = {f"back{number}/1": "back" for number in range(6)}
+    back, _ = build_sequences(stack.store.get(list(attempts)), attempts, "policy")
     # What the engine says under version 3 is what the learner, which is version 3, computes.
     assert stack.difference(back) <= 3 * TOLERANCE
 

@@ -182,15 +182,18 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
             ]
         return mine
 
-    def version_of_new_conversations(tag: str, expected: str) -> float:
-        """Seconds until a new conversation is answered by `expected`."""
+    def seconds_until(pool: ThreadPoolExecutor, expected: str) -> float:
+        """From now until a new conversation that begins is answered by `expected`, and the rest."""
         begun = time.monotonic()
-        for attempt in range(100):
-            turn = [{"role": "user", "content": f"New {tag} {attempt}"}]
-            asked = time.monotonic()
-            if ask(client, turn)[1] == expected:
-                return asked - begun
-        raise AssertionError(f"no new conversation went to {expected}")
+        asked = []
+        for number in range(20):
+            turn = [{"role": "user", "content": f"New {expected} {number}"}]
+            asked.append((time.monotonic() - begun, pool.submit(ask, client, turn)))
+            time.sleep(0.1)
+        answers = [(seconds, future.result(120)[1]) for seconds, future in asked]
+        took = [version == expected for _, version in answers]
+        assert any(took) and all(took[took.index(True) :]), answers
+        return answers[took.index(True)][0]
 
     with ThreadPoolExecutor(48) as pool:
         talks = [pool.submit(talk, number) for number in range(20)]
@@ -203,9 +206,9 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
             ]
             split = [future.result(120)[1] for future in late]
             service.release("promote", "helper")
-            promoted = version_of_new_conversations("after promotion", "helper@2")
+            promoted = seconds_until(pool, "helper@2")
             service.release("rollback", "helper")
-            returned = version_of_new_conversations("after rollback", "helper@1")
+            returned = seconds_until(pool, "helper@1")
         finally:
             stop.set()
         # A call that failed would raise here: the client does not retry.
@@ -214,7 +217,8 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
     assert set(split) == {"helper@1", "helper@2"}
     assert all(mine.versions == {"helper@1"} for mine in done)
     assert all(len(mine.rollouts) == 1 and mine.answers >= 3 for mine in done)
-    assert promoted < 1.0 and returned < 1.0
+    # A second, on a machine that has nothing else to do.
+    assert promoted < 2.0 and returned < 2.0
     # What the engines recorded says the same as the headers did.
     by_rollout = defaultdict(set)
     for span in service.spans():

@@ -197,6 +197,20 @@ def test_what_was_forgotten_may_be_asked_for_anew() -> None:
     run(main())
 
 
+def test_a_worker_that_retires_takes_no_attempt_with_it() -> None:
+    async def main() -> None:
+        queue = RolloutQueue("run", RolloutsConfig())
+        waiting = asyncio.create_task(queue.dequeue(20, "old"))
+        await asyncio.sleep(0.01)
+        await queue.retire("old")
+        assert await waiting is None
+        await queue.enqueue([spec("a")])
+        assert await queue.dequeue(0, "old") is None
+        assert (await queue.dequeue(0, "new")) is not None
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("num_workers", 0), ("slots_per_worker", 0), ("max_attempts", 0), ("grace_s", 0)],
