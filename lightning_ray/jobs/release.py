@@ -87,7 +87,7 @@ def _in_words(policy: str, release: Release) -> str:
 def _show(releases: Releases, policy: str) -> None:
     release = releases.get(policy)
     versions = releases.versions(policy)
-    console = Console()
+    console = Console(soft_wrap=True)
     console.print(_in_words(policy, release), highlight=False)
     table = Table(box=None, pad_edge=False)
     for heading in ("version", "release", "run", "number", "step", "from", "made by", "weights"):
