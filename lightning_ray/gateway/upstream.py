@@ -62,12 +62,10 @@ class UpstreamCall(AnsweredCall):
         await self._append(SpanKind.MODEL_CALL, said, status, attributes)
 
     def _cost(self, said: Reply) -> float | None:
-        """US dollars; None without prices, or where the reply did not say how many tokens."""
+        """US dollars; None without any price, or where the reply did not say how many tokens."""
         prices = self._upstream.input_per_million, self._upstream.output_per_million
+        if prices == (None, None) or said.input_tokens is None or said.output_tokens is None:
+            return None
         counts = said.input_tokens, said.output_tokens
-        cost = 0.0
-        for price, count in zip(prices, counts, strict=True):
-            if price is None or count is None:
-                return None
-            cost += price * count / 1e6
-        return cost
+        dollars = [(price or 0.0) * count for price, count in zip(prices, counts, strict=True)]
+        return sum(dollars) / 1e6

@@ -17,7 +17,7 @@ class UpstreamConfig:
     api_key_env: str | None = None
     """Environment variable that holds its key, read where the job is started; null sends none."""
     input_per_million: float | None = None
-    """Price of a million prompt tokens, US dollars, for the cost on the span; null says no cost."""
+    """Price of a million prompt tokens, US dollars; without any price there is no cost."""
     output_per_million: float | None = None
     """Price of a million answered tokens, US dollars."""
 
