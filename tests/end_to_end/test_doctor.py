@@ -122,7 +122,7 @@ def test_the_calculator_can_be_trained_and_the_experiment_that_does_it_is_valid(
     assert finding(report, "tokens").found.startswith("exact: 6 calls with ids, logprobs")
     assert finding(report, "sampling").level is Level.OK
     # How many are forked depends on how long the first one takes to show its libraries.
-    assert "warm start" in [f.title for f in report.findings]
+    assert re.match(r"5 of 6 runs were forked|not possible: ", finding(report, "warm start").found)
     assert "processor time" in finding(report, "cost").found
     assert "rewards: heldout-0000: " in finding(report, "grader").found
     experiment = tmp_path / "experiment/mine.yaml"
