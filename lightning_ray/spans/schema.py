@@ -7,13 +7,19 @@ sampled ones. Nothing is ever tokenised again.
 
 Order within an attempt is `sequence`, which the store assigns as spans arrive; clocks only say how
 long things took.
+
+The schema's version stands in every segment's metadata. A column is only ever added, and may be
+null: what an older version wrote reads with nulls in the columns that it did not have (`conform`).
 """
 
 from enum import StrEnum
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+from lightning_ray.errors import InfrastructureError
+
+SCHEMA_VERSION = 2
+VERSION_KEY = b"lightning_ray.span_schema"
 
 
 class SpanKind(StrEnum):
@@ -74,10 +80,58 @@ SPAN_SCHEMA = pa.schema(
         pa.field("token_ids", pa.list_(pa.int32())),
         pa.field("logprobs", pa.list_(pa.float32())),
         pa.field("finish_reason", pa.string()),
-        # A reward's number; its name is `name`.
+        # A reward's number; its name is `name`. `step` is the step of the attempt that it is for,
+        # counted from 0; without one it is for the attempt as a whole. `source` says who gave it:
+        # "grader", "agent", "service" or "person".
         pa.field("value", pa.float64()),
+        pa.field("step", pa.int32()),
+        pa.field("source", pa.string()),
+        # What the call or the tool's own telemetry says of it: the model by the name its server
+        # gave, the tool, tokens as they were counted there, and what it cost, US dollars.
+        pa.field("model", pa.string()),
+        pa.field("tool", pa.string()),
+        pa.field("input_tokens", pa.int64()),
+        pa.field("output_tokens", pa.int64()),
+        pa.field("cost_usd", pa.float64()),
         # Everything else, a JSON object.
         pa.field("attributes", pa.string()),
     ],
-    metadata={"lightning_ray.span_schema": str(SCHEMA_VERSION)},
+    metadata={VERSION_KEY: str(SCHEMA_VERSION)},
 )
+
+
+def check_written_by(schema: pa.Schema, where: str) -> None:
+    """Raises InfrastructureError when `schema`, found at `where`, is not one that can be read."""
+    version = (schema.metadata or {}).get(VERSION_KEY, b"").decode(errors="replace")
+    if not version.isdecimal():
+        raise InfrastructureError(f"{where} does not begin with a span schema")
+    if int(version) > SCHEMA_VERSION:
+        raise InfrastructureError(
+            f"{where} was written with span schema {version}; this version reads up to "
+            f"{SCHEMA_VERSION}: use a newer lightning-ray"
+        )
+    for field in schema:
+        place = SPAN_SCHEMA.get_field_index(field.name)
+        if place < 0 or SPAN_SCHEMA.field(place).type != field.type:
+            raise InfrastructureError(
+                f"{where}: column {field.name} ({field.type}) is none of the span schema"
+            )
+    present = set(schema.names)
+    for field in SPAN_SCHEMA:
+        if not field.nullable and field.name not in present:
+            raise InfrastructureError(f"{where}: the span schema's column {field.name} is missing")
+
+
+def conform(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch of an older schema version as one of SPAN_SCHEMA; its buffers are shared.
+
+    `check_written_by` has said that its schema can be read.
+    """
+    if batch.schema.equals(SPAN_SCHEMA):
+        return batch
+    present = set(batch.schema.names)
+    columns = [
+        batch.column(field.name) if field.name in present else pa.nulls(batch.num_rows, field.type)
+        for field in SPAN_SCHEMA
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SPAN_SCHEMA)
