@@ -24,7 +24,7 @@ from lightning_ray.spans import SpanKind, SpanStatus, new_span_id, span
 REMEMBERED_ATTEMPTS = 4096
 """Attempts whose tokens are kept in memory to find what a call continues."""
 
-Append = Callable[[Sequence[Mapping[str, Any]]], Awaitable[None]]
+Append = Callable[[Sequence[Mapping[str, Any]]], Awaitable[object]]
 Tokens = NDArray[np.int32]
 
 

@@ -6,6 +6,7 @@ writes files of spans. It must not know what anybody learns from them: no algori
 
 from lightning_ray.spans.client import SpanClient, start_store
 from lightning_ray.spans.config import SpansConfig, check_spans
+from lightning_ray.spans.layout import holds_spans
 from lightning_ray.spans.query import Query, query, querying, read_folder
 from lightning_ray.spans.rows import attempt_id_of, new_span_id, span, to_batch
 from lightning_ray.spans.schema import SCHEMA_VERSION, SPAN_SCHEMA, SpanKind, SpanStatus
@@ -20,6 +21,7 @@ __all__ = [
     "SpansConfig",
     "attempt_id_of",
     "check_spans",
+    "holds_spans",
     "new_span_id",
     "query",
     "querying",
