@@ -6,12 +6,15 @@ state of its own.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 
@@ -23,11 +26,26 @@ from lightning_ray.spans.schema import SPAN_SCHEMA
 from lightning_ray.spans.store import Heard, SpanStore, StoreStats, in_order, rollout_of
 
 RETRY_EVERY_S = 0.2
+SCAN_AHEAD = 4
+"""Parts of a scan that are read before they are asked for."""
 TAIL_ROWS = 10_000
 """Rows that one answer of a tail looks at."""
 
-Activity = tuple[Heard | None, ...]
-"""Where a listener stands in each shard."""
+LISTEN_S = 10.0
+"""How long a shard waits for news before it answers that there are none."""
+
+
+@dataclass
+class Listening:
+    """Where a listener stands in each shard, and what it has asked them."""
+
+    heard: list[Heard | None]
+    asked: dict[int, "asyncio.Task[tuple[Heard, list[str]]]"] = field(default_factory=dict)
+
+    def stop(self) -> None:
+        """Gives up what was asked."""
+        for task in self.asked.values():
+            task.cancel()
 
 
 class SpanClient:
@@ -81,6 +99,27 @@ class SpanClient:
         table: pa.Table = await self._await(lambda: self.read(attempt_ids), "gave no table")
         return table
 
+    def scan(
+        self, where: "pc.Expression | None" = None, columns: Sequence[str] | None = None
+    ) -> "Iterator[ray.ObjectRef[pa.Table]]":
+        """Every span for which the expression holds, as references to tables of `columns`.
+
+        Each table has at most `store.PART_ROWS` rows of one shard, in order of arrival. A few are
+        asked for ahead; nothing passes through the caller unless it fetches a reference. Spans
+        that arrive meanwhile may be left out. Raises InfrastructureError.
+        """
+        parts: list[list[tuple[int, int]]] = self._get(
+            lambda: [shard.parts.remote() for shard in self.shards], "did not say what it holds"
+        )
+        named = None if columns is None else list(columns)
+        ahead: deque[ray.ObjectRef[pa.Table]] = deque()
+        for shard, found in zip(self.shards, parts, strict=True):
+            for part in found:
+                ahead.append(shard.scan.remote(part, named, where))
+                if len(ahead) > SCAN_AHEAD:
+                    yield ahead.popleft()
+        yield from ahead
+
     async def tail(
         self, run_id: str | None = None, wait_s: float = 10.0
     ) -> AsyncIterator[pa.Table]:
@@ -115,29 +154,29 @@ class SpanClient:
                 task.cancel()
 
     async def activity(
-        self, since: Activity | None, timeout_s: float
-    ) -> tuple[Activity, list[str]]:
+        self, since: "Listening | None", timeout_s: float
+    ) -> "tuple[Listening, list[str]]":
         """The attempts that got spans since then, waiting up to `timeout_s` for the first one.
 
-        `since` is what the last call gave, None at first. After a restart of a shard an attempt may
-        be named again; none is left out.
+        `since` is what the last call gave, None at first; it belongs to one event loop. After a
+        restart of a shard an attempt may be named again; none is left out.
         """
-        heard = list(since or (None,) * len(self.shards))
-        waiting = [
-            asyncio.ensure_future(self._activity_of(shard, place, timeout_s))
-            for shard, place in zip(self.shards, heard, strict=True)
-        ]
+        listening = since or Listening([None] * len(self.shards))
+        for number, shard in enumerate(self.shards):
+            # What a shard has been asked and has not answered is not asked again.
+            if number not in listening.asked:
+                asking = self._activity_of(shard, listening.heard[number], LISTEN_S)
+                listening.asked[number] = asyncio.ensure_future(asking)
+        await asyncio.wait(
+            listening.asked.values(), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
         names: list[str] = []
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for number, task in enumerate(waiting):
-                if task.done():
-                    heard[number], found = task.result()
-                    names += found
-            return tuple(heard), names
-        finally:
-            for task in waiting:
-                task.cancel()
+        for number, task in list(listening.asked.items()):
+            if task.done():
+                del listening.asked[number]
+                listening.heard[number], found = task.result()
+                names += found
+        return listening, names
 
     def stats(self) -> StoreStats:
         """What the store holds, over all shards."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.spans.config import SpansConfig
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 _SEQUENCE = SPAN_SCHEMA.get_field_index("sequence")
 _REMEMBERED = 1 << 16
 """Attempts whose last sequence number is kept in memory; of others it is read from the disk."""
+PART_ROWS = 1 << 16
+"""Rows that one part of a scan looks at."""
 _HEARD = 4096
 """Flushes whose attempts are remembered for `activity`."""
 
@@ -117,6 +120,20 @@ class SpanStore:
         places = self._places(rollout_ids)
         return await asyncio.to_thread(self._gather, places, "rollout_id", rollout_ids)
 
+    async def parts(self) -> list[tuple[int, int]]:
+        """What `scan` can be asked for: segments, each in pieces (number, first row)."""
+        return [
+            (number, first)
+            for number, segment in sorted(self._segments.known.items())
+            for first in range(0, segment.rows, PART_ROWS)
+        ]
+
+    async def scan(
+        self, part: tuple[int, int], columns: Sequence[str] | None, where: pc.Expression | None
+    ) -> pa.Table:
+        """One part's rows for which the expression holds, in order of arrival."""
+        return await asyncio.to_thread(self._scan, part, columns, where)
+
     async def tail(
         self, after: int, limit: int, timeout_s: float, run_id: str | None = None
     ) -> tuple[int, pa.Table]:
@@ -130,7 +147,7 @@ class SpanStore:
             news = self._news
             after, table = await asyncio.to_thread(self._behind, after, limit)
             if run_id is not None and table.num_rows:
-                table = table.filter(pa.compute.equal(table["run_id"], run_id))
+                table = table.filter(pc.equal(table["run_id"], run_id))
             if table.num_rows or not await _within(news, deadline):
                 return after, table
 
@@ -293,6 +310,15 @@ class SpanStore:
         """The rows at these places whose `column` is wanted, in the order wanted."""
         table = pa.Table.from_batches(self._rows(places), SPAN_SCHEMA).combine_chunks()
         return in_order(table, column, wanted)
+
+    def _scan(
+        self, part: tuple[int, int], columns: Sequence[str] | None, where: pc.Expression | None
+    ) -> pa.Table:
+        number, first = part
+        table = self._segments.table(number, first).slice(0, PART_ROWS)
+        if where is not None:
+            table = table.filter(where)
+        return table if columns is None else table.select(list(columns))
 
     def _behind(self, after: int, limit: int) -> tuple[int, pa.Table]:
         for number in sorted(self._segments.known):
