@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from ray.actor import ActorHandle
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.spans.config import SpansConfig
 from lightning_ray.spans.layout import prepare_folder, shard_of
+from lightning_ray.spans.reading import in_order, rollout_of
 from lightning_ray.spans.rows import to_batch
 from lightning_ray.spans.schema import SPAN_SCHEMA
-from lightning_ray.spans.store import Heard, SpanStore, StoreStats, in_order, rollout_of
+from lightning_ray.spans.store import Heard, SpanStore, StoreStats
 
 RETRY_EVERY_S = 0.2
 SCAN_AHEAD = 4
@@ -104,7 +105,7 @@ class SpanClient:
     ) -> "Iterator[ray.ObjectRef[pa.Table]]":
         """Every span for which the expression holds, as references to tables of `columns`.
 
-        Each table has at most `store.PART_ROWS` rows of one shard, in order of arrival. A few are
+        Each table has at most `reading.PART_ROWS` rows of one shard, in order of arrival. A few are
         asked for ahead; nothing passes through the caller unless it fetches a reference. Spans
         that arrive meanwhile may be left out. Raises InfrastructureError.
         """
@@ -289,7 +290,8 @@ def start_store(folder: str, config: SpansConfig) -> SpanClient:
     actor = ray.remote(SpanStore).options(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000
     )
-    shards = [
-        actor.remote(str(path), config) for path in prepare_folder(Path(folder), config.shards)
-    ]
+    layout = prepare_folder(Path(folder), config.shards, config.archive)
+    # One archive for all shards: its files say which shard they are of.
+    config = replace(config, archive=layout.archive_uri)
+    shards = [actor.remote(str(path), config, n) for n, path in enumerate(layout.folders)]
     return SpanClient(shards, config)

@@ -13,6 +13,13 @@ class SpansConfig:
     """Actors that the store consists of; a rollout belongs to one. Fixed when a run begins."""
     segment_bytes: int = 256 * 1024 * 1024
     """A segment this large is closed and the next one begun, bytes."""
+    seal_after_s: float = 3600.0
+    """A segment that was begun this long ago is closed too, so that it can be sealed, seconds."""
+    archive: str = ""
+    """Where closed segments are sealed as Parquet: a folder, or a URI such as s3://BUCKET/PATH.
+    Empty for the folder `sealed` beside the shards."""
+    keep_local_bytes: int = 4 * 1024 * 1024 * 1024
+    """Sealed segments of a shard beyond this size are read from the archive alone, bytes."""
     append_timeout_s: float = 30.0
     """Longest that a writer waits for its spans to be on disk, seconds."""
     read_timeout_s: float = 60.0
@@ -27,6 +34,8 @@ def check_spans(config: SpansConfig) -> None:
         raise UserError(
             f"spans.segment_bytes={config.segment_bytes}: a segment holds at least 1 MiB (1048576)"
         )
-    for name in ("append_timeout_s", "read_timeout_s"):
+    if config.keep_local_bytes < 0:
+        raise UserError(f"spans.keep_local_bytes={config.keep_local_bytes}: must not be below 0")
+    for name in ("append_timeout_s", "read_timeout_s", "seal_after_s"):
         if getattr(config, name) <= 0:
             raise UserError(f"spans.{name}={getattr(config, name)}: must be above 0 seconds")

@@ -1,12 +1,14 @@
-"""How a store's folder is laid out: a folder for each shard, and how many there are.
+"""How a store's folder is laid out: a folder for each shard, how many there are, and the archive.
 
-Invariant: the number of shards is fixed when the folder is made, because it decides which shard a
-rollout belongs to; a store that is opened again has as many as it began with.
+Invariant: both are fixed when the folder is made. The number of shards decides which shard a
+rollout belongs to, and the archive holds what the shards' manifests name; a store that is opened
+again goes on with what it began with.
 """
 
 import json
 import logging
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_ray.errors import InfrastructureError
@@ -17,44 +19,83 @@ from lightning_ray.spans.segments import write_durably
 log = logging.getLogger(__name__)
 
 STORE = "store.json"
+SEALED = "sealed"
+"""The archive's folder, where none is configured."""
 
 
-def prepare_folder(folder: Path, shards: int) -> list[Path]:
-    """The folders of a store's shards, made where they are missing.
+@dataclass(frozen=True)
+class Layout:
+    """A store's folder."""
 
-    `shards` is for a new store. Raises InfrastructureError when the disk refuses, or when the
-    folder says something that cannot be read.
+    folder: Path
+    shards: int
+    archive: str
+    """As configured: empty for the folder `sealed` in it."""
+
+    @property
+    def folders(self) -> list[Path]:
+        """The shards' folders."""
+        return [self.folder / f"shard-{number}" for number in range(self.shards)]
+
+    @property
+    def archive_uri(self) -> str:
+        """Where sealed segments are."""
+        return self.archive or str(self.folder / SEALED)
+
+
+def prepare_folder(folder: Path, shards: int, archive: str) -> Layout:
+    """Makes a store's folder, or finds what it was made with; the rest is for a new one.
+
+    Raises InfrastructureError when the disk refuses, or when the folder says something that cannot
+    be read.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = _shards_of(folder)
+        kept = read_layout(folder)
         if kept is None:
-            kept = shards
+            kept = Layout(folder, shards, archive)
             flat = sorted(folder.glob("*" + SUFFIX))
             if flat:
                 # As stores of schema version 1 were laid out: one shard, in the folder itself.
-                kept = 1
-                shard_folder(folder, 0).mkdir(exist_ok=True)
+                kept = Layout(folder, 1, archive)
+                kept.folders[0].mkdir(exist_ok=True)
                 for path in flat:
-                    path.rename(shard_folder(folder, 0) / path.name)
-            said = {"shards": kept, "schema": SCHEMA_VERSION}
+                    path.rename(kept.folders[0] / path.name)
+            said = {"shards": kept.shards, "archive": archive, "schema": SCHEMA_VERSION}
             write_durably(folder / STORE, json.dumps(said))
-        elif kept != shards:
-            log.warning("%s has %d shards and keeps them (spans.shards=%d)", folder, kept, shards)
-        folders = [shard_folder(folder, number) for number in range(kept)]
-        for path in folders:
+        elif (kept.shards, kept.archive) != (shards, archive):
+            log.warning(
+                "%s was made with spans.shards=%d spans.archive='%s', and keeps them",
+                folder,
+                kept.shards,
+                kept.archive,
+            )
+        for path in kept.folders:
             path.mkdir(exist_ok=True)
         sync_folder(folder)
-        return folders
+        return kept
     except OSError as error:
         raise InfrastructureError(
             f"the span store's folder {folder} cannot be used: {error.strerror or error}"
         ) from error
 
 
-def shard_folder(folder: Path, number: int) -> Path:
-    """The folder of one shard."""
-    return folder / f"shard-{number}"
+def read_layout(folder: Path) -> Layout | None:
+    """What a folder says of itself; None for one that no store of this version has made.
+
+    Raises OSError, and InfrastructureError for what cannot be read.
+    """
+    path = folder / STORE
+    if not path.exists():
+        return None
+    try:
+        said = json.loads(path.read_text())
+        layout = Layout(folder, int(said["shards"]), str(said["archive"]))
+        if layout.shards < 1:
+            raise ValueError(f"{layout.shards} shards")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InfrastructureError(f"{path} cannot be read: {error}") from error
+    return layout
 
 
 def shard_of(rollout_id: str, shards: int) -> int:
@@ -65,17 +106,3 @@ def shard_of(rollout_id: str, shards: int) -> int:
 def holds_spans(folder: Path) -> bool:
     """Whether a folder is a store's, of whatever version."""
     return (folder / STORE).is_file() or any(folder.glob("*" + SUFFIX))
-
-
-def _shards_of(folder: Path) -> int | None:
-    path = folder / STORE
-    if not path.exists():
-        return None
-    try:
-        said = json.loads(path.read_text())
-        shards = int(said["shards"])
-        if shards < 1:
-            raise ValueError(f"{shards} shards")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InfrastructureError(f"{path} cannot be read: {error}") from error
-    return shards

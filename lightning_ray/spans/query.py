@@ -1,19 +1,54 @@
 """Reading the spans of a run that may be over: its folder as one Arrow table, and SQL over it.
 
-Invariant: what a live store acknowledged is read; segments are memory-mapped, so a table costs no
-copy of its tokens. A folder may be read while a store writes to it.
+Invariant: what a live store acknowledged is read, and once, whether it lies in a segment, in the
+archive, or in both. Segments are memory-mapped, so a table costs no copy of their tokens. A folder
+may be read while a store writes to it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 from lightning_ray.errors import UserError
+from lightning_ray.spans.archive import Archive, SealedFile, read_manifests
+from lightning_ray.spans.layout import read_layout
 from lightning_ray.spans.schema import SPAN_SCHEMA
 from lightning_ray.spans.segment import SUFFIX, read_segment
+
+Spans: TypeAlias = "pa.Table | ds.Dataset"
+"""Rows of SPAN_SCHEMA, in memory or not yet."""
+
+
+def open_folder(folder: Path) -> ds.Dataset:
+    """Every span in a store's folder, to be scanned; until then segments are only mapped.
+
+    Raises UserError when there are no spans.
+    """
+    batches: list[pa.RecordBatch] = []
+    sealed: list[SealedFile] = []
+    layout = read_layout(folder)
+    for place in [folder] if layout is None else layout.folders:
+        # Manifests first: a segment's file goes only after its manifest has come.
+        archived = {found.segment: found for found in read_manifests(place)}
+        here: set[int] = set()
+        for path in sorted(place.glob("*" + SUFFIX)):
+            try:
+                batches += [batch for _, batch in read_segment(path).batches]
+            except FileNotFoundError:
+                archived |= {found.segment: found for found in read_manifests(place)}
+                continue
+            here.add(int(path.stem))
+        sealed += [file for n, found in archived.items() if n not in here for file in found.files]
+    if layout is None and not batches and not any(folder.glob("*" + SUFFIX)):
+        raise UserError(f"no spans in {folder}; name the folder `spans` of a run")
+    parts: list[ds.Dataset] = [ds.dataset(pa.Table.from_batches(batches, SPAN_SCHEMA))]
+    if sealed and layout is not None:
+        parts.append(Archive(layout.archive_uri).dataset(sealed))
+    return parts[0] if len(parts) == 1 else ds.UnionDataset(SPAN_SCHEMA, parts)
 
 
 def read_folder(folder: Path) -> pa.Table:
@@ -21,11 +56,7 @@ def read_folder(folder: Path) -> pa.Table:
 
     Raises UserError when there are no segments.
     """
-    paths = sorted(folder.rglob("*" + SUFFIX))
-    if not paths:
-        raise UserError(f"no spans in {folder}; name the folder `spans` of a run")
-    batches = [batch for path in paths for _, batch in read_segment(path).batches]
-    table = pa.Table.from_batches(batches, SPAN_SCHEMA)
+    table = open_folder(folder).to_table()
     return table.sort_by([("attempt_id", "ascending"), ("sequence", "ascending")])
 
 
@@ -36,22 +67,23 @@ class Query(Protocol):
 
 
 def query(
-    spans: pa.Table,
+    spans: Spans,
     sql: str,
     parameters: Sequence[object] = (),
-    tables: Mapping[str, pa.Table] | None = None,
+    tables: Mapping[str, Spans] | None = None,
 ) -> pa.Table:
-    """The answer to a SQL query in which the table is called `spans`, and `tables` by their names.
+    """The answer to a SQL query in which the spans are called `spans`, and `tables` by their names.
 
-    The query reads these tables alone: neither files nor the network. `attributes` is JSON text,
-    for DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
+    The query reads these alone: neither files nor the network. Of a dataset only the columns, rows
+    and files that the query needs are read. `attributes` is JSON text, for DuckDB's
+    `attributes->>'key'`. Raises UserError when the query cannot be run.
     """
     with querying(spans, tables) as ask:
         return ask(sql, parameters)
 
 
 @contextmanager
-def querying(spans: pa.Table, tables: Mapping[str, pa.Table] | None = None) -> Iterator[Query]:
+def querying(spans: Spans, tables: Mapping[str, Spans] | None = None) -> Iterator[Query]:
     """`query` for several queries over one table: opening DuckDB costs more than asking it."""
     import duckdb
 

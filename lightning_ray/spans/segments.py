@@ -149,7 +149,10 @@ class Segments:
             log.warning("segment %s: its ledger could not be written: %s", segment.path, error)
 
     def forget(self, number: int) -> int:
-        """Deletes a closed segment's file, whose spans are kept elsewhere; returns its bytes."""
+        """Deletes a closed segment's file, whose spans are kept elsewhere; returns its bytes.
+
+        Raises OSError.
+        """
         segment = self.known.pop(number)
         segment.path.unlink(missing_ok=True)
         self._ledger_of(segment).unlink(missing_ok=True)

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import os
 import secrets
+import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.spans.archive import Archive
 from lightning_ray.spans.config import SpansConfig
-from lightning_ray.spans.index import SpanIndex, names_of, split_places
+from lightning_ray.spans.index import SpanIndex, names_of
+from lightning_ray.spans.reading import Part, ShardReader, rollout_of
 from lightning_ray.spans.schema import SPAN_SCHEMA
+from lightning_ray.spans.sealing import SealedSegments
 from lightning_ray.spans.segments import Segments
 
 log = logging.getLogger(__name__)
@@ -31,8 +35,10 @@ log = logging.getLogger(__name__)
 _SEQUENCE = SPAN_SCHEMA.get_field_index("sequence")
 _REMEMBERED = 1 << 16
 """Attempts whose last sequence number is kept in memory; of others it is read from the disk."""
-PART_ROWS = 1 << 16
-"""Rows that one part of a scan looks at."""
+KEEP_EVERY_S = 5.0
+"""How often it is looked whether there is something to seal, seconds."""
+NAMES = ["attempt_id", "span_id"]
+INDEXED = ["rollout_id", *NAMES]
 _HEARD = 4096
 """Flushes whose attempts are remembered for `activity`."""
 
@@ -52,6 +58,10 @@ class StoreStats:
     """Bytes that changed on disk beyond mending, or are missing: spans were lost there."""
     mended_bytes: int
     """Bytes that had changed on disk and were put right."""
+    sealed: int
+    """Segments that are in the archive."""
+    sealed_bytes: int
+    """Bytes of them there."""
 
     def __add__(self, other: "StoreStats") -> "StoreStats":
         mine, others = vars(self), vars(other)
@@ -69,18 +79,27 @@ class Heard:
 class SpanStore:
     """The state and files of one shard; run as a Ray actor (`spans.client.start_store`)."""
 
-    def __init__(self, folder: str, config: SpansConfig):
+    def __init__(self, folder: str, config: SpansConfig, shard: int = 0):
         """Opens `folder` (made if it is missing) and indexes the segments in it.
 
-        Raises InfrastructureError when something in it cannot be read.
+        `config.archive` names the archive. Raises InfrastructureError when something there cannot
+        be read.
         """
         self._folder = Path(folder)
+        self._config = config
         self._segments = Segments(self._folder, config.segment_bytes)
+        archive = Archive(config.archive or str(self._folder / "sealed"))
+        self._sealed = SealedSegments(self._folder, shard, self._segments, archive)
+        self._reader = ShardReader(self._segments, self._sealed)
         self._index = SpanIndex()
         self._last: OrderedDict[str, int] = OrderedDict()
         self._duplicates = 0
         for first, batch in self._segments.recover():
             self._index.add(batch, first)
+        for number in self._sealed.only():
+            for batch in self._sealed.read(number, columns=INDEXED).to_batches():
+                # Which row it is in the archive does not matter: there it is found by its names.
+                self._index.add(batch, number << 32)
         self._pending: list[tuple[pa.RecordBatch, asyncio.Future[int]]] = []
         self._flushing: asyncio.Task[None] | None = None
         self._closed = False
@@ -88,6 +107,12 @@ class SpanStore:
         self._flushes = 0
         self._heard: deque[tuple[int, list[str]]] = deque(maxlen=_HEARD)
         self._news = asyncio.Event()
+        self._tending = asyncio.Lock()
+        """Held by whoever seals."""
+        self._writing = asyncio.Lock()
+        """Held while the open segment is written to, or closed."""
+        self._keeping: asyncio.Task[None] | None = None
+        self._begun: tuple[int | None, float] = (None, 0.0)
 
     async def append(self, batch: pa.RecordBatch) -> int:
         """Stores the spans of `batch` (SPAN_SCHEMA); returns how many were new.
@@ -100,6 +125,8 @@ class SpanStore:
         if not batch.schema.equals(SPAN_SCHEMA):
             raise ValueError("a batch of spans has the columns of SPAN_SCHEMA")
         stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if self._keeping is None:
+            self._keeping = asyncio.create_task(self._keep())
         self._pending.append((batch, stored))
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.create_task(self._flush())
@@ -113,26 +140,22 @@ class SpanStore:
         """
         rollouts = [rollout_of(attempt) for attempt in attempt_ids]
         places = self._places(rollouts)
-        return await asyncio.to_thread(self._gather, places, "attempt_id", attempt_ids)
+        return await asyncio.to_thread(self._reader.gather, places, "attempt_id", attempt_ids)
 
     async def rollouts(self, rollout_ids: Sequence[str]) -> pa.Table:
         """The spans of every attempt of these rollouts, in the order asked, by attempt."""
         places = self._places(rollout_ids)
-        return await asyncio.to_thread(self._gather, places, "rollout_id", rollout_ids)
+        return await asyncio.to_thread(self._reader.gather, places, "rollout_id", rollout_ids)
 
-    async def parts(self) -> list[tuple[int, int]]:
+    async def parts(self) -> list[Part]:
         """What `scan` can be asked for: segments, each in pieces (number, first row)."""
-        return [
-            (number, first)
-            for number, segment in sorted(self._segments.known.items())
-            for first in range(0, segment.rows, PART_ROWS)
-        ]
+        return self._reader.parts()
 
     async def scan(
-        self, part: tuple[int, int], columns: Sequence[str] | None, where: pc.Expression | None
+        self, part: Part, columns: Sequence[str] | None, where: pc.Expression | None
     ) -> pa.Table:
         """One part's rows for which the expression holds, in order of arrival."""
-        return await asyncio.to_thread(self._scan, part, columns, where)
+        return await asyncio.to_thread(self._reader.scan, part, columns, where)
 
     async def tail(
         self, after: int, limit: int, timeout_s: float, run_id: str | None = None
@@ -145,7 +168,7 @@ class SpanStore:
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             news = self._news
-            after, table = await asyncio.to_thread(self._behind, after, limit)
+            after, table = await asyncio.to_thread(self._reader.behind, after, limit)
             if run_id is not None and table.num_rows:
                 table = table.filter(pc.equal(table["run_id"], run_id))
             if table.num_rows or not await _within(news, deadline):
@@ -177,6 +200,8 @@ class SpanStore:
             lost_bytes=damage.lost_bytes,
             damaged_bytes=damage.damaged_bytes + damage.missing_bytes,
             mended_bytes=damage.mended_bytes,
+            sealed=len(self._sealed.known),
+            sealed_bytes=sum(sealed.bytes for sealed in self._sealed.known.values()),
         )
 
     async def process_id(self) -> int:
@@ -188,7 +213,50 @@ class SpanStore:
         self._closed = True
         while self._flushing is not None and not self._flushing.done():
             await self._flushing
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
         self._segments.close()
+
+    async def seal(self) -> int:
+        """Closes the open segment and seals what is closed; how many segments were sealed.
+
+        Raises InfrastructureError when the archive refuses; nothing is lost then.
+        """
+        async with self._tending:
+            async with self._writing:
+                await asyncio.to_thread(self._segments.close)
+            try:
+                return await asyncio.to_thread(self._seal_closed)
+            except OSError as error:
+                raise InfrastructureError(f"spans could not be sealed: {error}") from error
+
+    async def _keep(self) -> None:
+        """Seals segments as they close, and closes those that are old."""
+        while True:
+            await asyncio.sleep(min(KEEP_EVERY_S, self._config.seal_after_s))
+            try:
+                async with self._tending:
+                    await self._close_if_old(time.monotonic())
+                    await asyncio.to_thread(self._seal_closed)
+            except OSError as error:
+                # Nothing is lost: the segments stay as they are until it is possible.
+                log.warning("spans in %s could not be sealed: %s", self._folder, error)
+
+    async def _close_if_old(self, now: float) -> None:
+        number = self._segments.open_number
+        if number != self._begun[0]:
+            self._begun = number, now
+        if number is not None and now - self._begun[1] >= self._config.seal_after_s:
+            async with self._writing:
+                await asyncio.to_thread(self._segments.close)
+
+    def _seal_closed(self) -> int:
+        waiting = self._sealed.waiting()
+        for number in waiting:
+            self._sealed.seal(number)
+        self._sealed.give_up(self._config.keep_local_bytes)
+        return len(waiting)
 
     async def _flush(self) -> None:
         while self._pending:
@@ -200,7 +268,8 @@ class SpanStore:
                 merged, counts = self._merge(batches)
                 if merged.num_rows:
                     # The index is the loop's alone, so that a read never meets it half changed.
-                    first = await asyncio.to_thread(self._segments.append, merged)
+                    async with self._writing:
+                        first = await asyncio.to_thread(self._segments.append, merged)
                     self._index.add(merged, first)
                     self._remember(merged)
                 new = counts
@@ -242,9 +311,9 @@ class SpanStore:
         if not suspects and len(set(names)) == len(names):
             return None
         # A key is 64 bits of a name: whether a span is there for sure is what lies on the disk.
-        stored = {
-            name for piece in self._rows(suspects) for name in zip(*names_of(piece), strict=True)
-        }
+        stored: set[tuple[str, str]] = set()
+        for piece in self._reader.find(suspects, "attempt_id", attempts, NAMES) if suspects else ():
+            stored.update(zip(*names_of(piece), strict=True))
         keep = np.zeros(len(names), bool)
         for row, name in enumerate(names):
             if name not in stored:
@@ -272,7 +341,7 @@ class SpanStore:
         places = self._index.places(rollout_of(attempt))
         if not places:
             return 0
-        spans = self._gather(places, "attempt_id", [attempt])
+        spans = self._reader.gather(places, "attempt_id", [attempt])
         return max(spans["sequence"].to_pylist(), default=0)
 
     def _remember(self, batch: pa.RecordBatch) -> None:
@@ -287,6 +356,9 @@ class SpanStore:
         while len(self._last) > _REMEMBERED:
             self._last.popitem(last=False)
 
+    def _places(self, rollouts: Iterable[str]) -> list[int]:
+        return [p for rollout in dict.fromkeys(rollouts) for p in self._index.places(rollout)]
+
     def _tell(self, batches: Sequence[pa.RecordBatch]) -> None:
         """Wakes whoever waits for news."""
         names = {n: None for b in batches for n in b.column("attempt_id").unique().to_pylist()}
@@ -294,40 +366,6 @@ class SpanStore:
         self._heard.append((self._flushes, list(names)))
         news, self._news = self._news, asyncio.Event()
         news.set()
-
-    def _places(self, rollouts: Iterable[str]) -> list[int]:
-        return [p for rollout in dict.fromkeys(rollouts) for p in self._index.places(rollout)]
-
-    def _rows(self, places: Iterable[int]) -> list[pa.RecordBatch]:
-        """What lies at these places, by segment and in order, as slices of their pages."""
-        return [
-            piece
-            for number, rows in split_places(places).items()
-            for piece in self._segments.rows(number, rows)
-        ]
-
-    def _gather(self, places: Sequence[int], column: str, wanted: Sequence[str]) -> pa.Table:
-        """The rows at these places whose `column` is wanted, in the order wanted."""
-        table = pa.Table.from_batches(self._rows(places), SPAN_SCHEMA).combine_chunks()
-        return in_order(table, column, wanted)
-
-    def _scan(
-        self, part: tuple[int, int], columns: Sequence[str] | None, where: pc.Expression | None
-    ) -> pa.Table:
-        number, first = part
-        table = self._segments.table(number, first).slice(0, PART_ROWS)
-        if where is not None:
-            table = table.filter(where)
-        return table if columns is None else table.select(list(columns))
-
-    def _behind(self, after: int, limit: int) -> tuple[int, pa.Table]:
-        for number in sorted(self._segments.known):
-            first = after & 0xFFFFFFFF if number == after >> 32 else 0
-            if number < after >> 32 or first >= self._segments.known[number].rows:
-                continue
-            table = self._segments.table(number, first).slice(0, limit)
-            return number << 32 | first + table.num_rows, table
-        return after, SPAN_SCHEMA.empty_table()
 
 
 async def _within(news: asyncio.Event, deadline: float) -> bool:
@@ -338,42 +376,3 @@ async def _within(news: asyncio.Event, deadline: float) -> bool:
         return True
     except TimeoutError:
         return False
-
-
-def in_order(table: pa.Table, column: str, wanted: Sequence[str]) -> pa.Table:
-    """The rows whose `column` is wanted: in the order wanted, by attempt, then by `sequence`.
-
-    A table that is so already is given as it is.
-    """
-    ranks = _codes(table[column], {name: rank for rank, name in enumerate(wanted)})
-    attempts = ranks if column == "attempt_id" else _attempt_codes(table["attempt_id"])
-    sequence = table["sequence"].to_numpy()
-    if (ranks >= 0).all():
-        same = np.diff(ranks) == 0
-        step = np.diff(attempts)
-        good = (np.diff(ranks) > 0) | same & ((step > 0) | (step == 0) & (np.diff(sequence) > 0))
-        if good.all():
-            return table
-    order = np.lexsort((sequence, attempts, ranks))
-    return table.take(pa.array(order[np.searchsorted(ranks[order], 0) :]))
-
-
-def rollout_of(attempt_id: str) -> str:
-    """The rollout that an attempt ("ROLLOUT/N") belongs to."""
-    return attempt_id.rpartition("/")[0]
-
-
-def _attempt_codes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """Numbers that order attempts of one rollout: N of "ROLLOUT/N"."""
-    names = column.combine_chunks().dictionary_encode()
-    numbers = {name: int(name.rpartition("/")[2] or 0) for name in names.dictionary.to_pylist()}
-    return _codes(column, numbers)
-
-
-def _codes(column: pa.ChunkedArray, code_of: Mapping[str, int]) -> npt.NDArray[np.int64]:
-    """For each row the code of its text, -1 where it has none: int64[rows]."""
-    if len(column) == 0:
-        return np.empty(0, np.int64)
-    names = column.combine_chunks().dictionary_encode()
-    codes = np.fromiter((code_of.get(n, -1) for n in names.dictionary.to_pylist()), np.int64)
-    return codes[names.indices.to_numpy()]
