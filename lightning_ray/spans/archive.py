@@ -12,11 +12,13 @@ touches only their row groups.
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -36,7 +38,12 @@ ROW_GROUP = 8192
 """Rows of a row group: what reading one rollout decodes."""
 
 _PARTITION = ("run_id", "policy", "version")
-_ORDER = [("rollout_id", "ascending"), ("attempt_id", "ascending"), ("sequence", "ascending")]
+_ORDER = ("rollout_id", "attempt_id", "sequence")
+KEYS = (*_PARTITION, *_ORDER, "start_ns")
+"""The columns that say where a row goes."""
+
+Numbers = npt.NDArray[np.int64]
+RowsOf = Callable[[Numbers], list[pa.RecordBatch]]
 
 
 @dataclass(frozen=True)
@@ -123,25 +130,34 @@ class Archive:
             ) from error
         self._local = isinstance(self._files, fs.LocalFileSystem)
 
-    def seal(self, table: pa.Table, shard: int, segment: int) -> Sealed:
-        """Writes the rows of a segment (SPAN_SCHEMA). Raises OSError; nothing counts then."""
-        keys = table.select(list(_PARTITION)).group_by(list(_PARTITION)).aggregate([])
+    def seal(self, keys: pa.Table, rows: RowsOf, shard: int, segment: int) -> Sealed:
+        """Writes a segment's rows, a row group at a time, so that it is never in memory whole.
+
+        Args:
+            keys: The columns `KEYS` of all rows.
+            rows: Gives the rows with these numbers, in that order, as batches of SPAN_SCHEMA.
+
+        Raises OSError; nothing counts then.
+        """
+        order = pc.sort_indices(keys, [(name, "ascending") for name in KEYS]).to_numpy()
+        partition = keys.select(list(_PARTITION)).take(pa.array(order)).to_pandas()
+        changes = (partition != partition.shift()) & ~(partition.isna() & partition.shift().isna())
+        starts = np.flatnonzero(changes.any(axis=1).to_numpy()).tolist() if len(order) else []
         files = []
-        for key in keys.sort_by([(name, "ascending") for name in _PARTITION]).to_pylist():
+        for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
+            key = {name: keys[name][int(order[start])].as_py() for name in _PARTITION}
             name = f"shard{shard}-{segment:08d}.parquet"
             path = "/".join([*(f"{part}={_quoted(key[part])}" for part in _PARTITION), name])
-            described = SealedFile(path, **key, rows=0, bytes=0)
-            rows = table.filter(described.expression).sort_by(_ORDER)
-            size = self._write(rows, path)
-            files.append(SealedFile(path, **key, rows=rows.num_rows, bytes=size))
-        starts = pc.min_max(table["start_ns"]).as_py()
+            size = self._write(path, order[start:end], rows)
+            files.append(SealedFile(path, **key, rows=end - start, bytes=size))
+        times = pc.min_max(keys["start_ns"]).as_py()
         return Sealed(
             shard=shard,
             segment=segment,
             schema=SCHEMA_VERSION,
-            rows=table.num_rows,
-            first_ns=starts["min"] or 0,
-            last_ns=starts["max"] or 0,
+            rows=len(order),
+            first_ns=times["min"] or 0,
+            last_ns=times["max"] or 0,
             files=tuple(files),
         )
 
@@ -177,15 +193,18 @@ class Archive:
             except FileNotFoundError:
                 log.info("%s was deleted before", file.path)
 
-    def _write(self, rows: pa.Table, path: str) -> int:
+    def _write(self, path: str, numbers: Numbers, rows: RowsOf) -> int:
         whole = f"{self._root}/{path}"
         # An object store shows an object when it is whole; a folder needs another name until then.
         temporary = f"{whole}.tmp" if self._local else whole
         self._files.create_dir(whole.rpartition("/")[0], recursive=True)
-        with self._files.open_output_stream(temporary) as sink:
-            pq.write_table(
-                rows, sink, row_group_size=ROW_GROUP, compression="zstd", write_statistics=True
-            )
+        with (
+            self._files.open_output_stream(temporary) as sink,
+            pq.ParquetWriter(sink, SPAN_SCHEMA, compression="zstd") as writer,
+        ):
+            for start in range(0, len(numbers), ROW_GROUP):
+                batches = rows(numbers[start : start + ROW_GROUP])
+                writer.write_table(pa.Table.from_batches(batches, SPAN_SCHEMA), ROW_GROUP)
         if self._local:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())

@@ -11,7 +11,7 @@ class SpansConfig:
 
     shards: int = 1
     """Actors that the store consists of; a rollout belongs to one. Fixed when a run begins."""
-    segment_bytes: int = 256 * 1024 * 1024
+    segment_bytes: int = 64 * 1024 * 1024
     """A segment this large is closed and the next one begun, bytes."""
     seal_after_s: float = 3600.0
     """A segment that was begun this long ago is closed too, so that it can be sealed, seconds."""

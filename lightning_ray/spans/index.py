@@ -19,7 +19,7 @@ import pyarrow as pa
 Keys = npt.NDArray[np.int64]
 Places = npt.NDArray[np.int64]
 
-RECENT = 1 << 16
+RECENT = 1 << 15
 """Entries that stay in the dictionary."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.spans.archive import Archive, Sealed, read_manifests
+from lightning_ray.spans.archive import KEYS, Archive, Numbers, Sealed, read_manifests
 from lightning_ray.spans.segments import Segments
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,12 @@ class SealedSegments:
 
     def seal(self, number: int) -> Sealed:
         """Seals a closed segment. Raises OSError, and another try may follow."""
-        table = self._segments.table(number)
-        sealed = self._archive.seal(table, self._shard, number)
+        keys = self._segments.table(number, columns=KEYS)
+
+        def rows(numbers: Numbers) -> list[pa.RecordBatch]:
+            return self._segments.rows(number, numbers)
+
+        sealed = self._archive.seal(keys, rows, self._shard, number)
         sealed.write_manifest(self._folder)
         self.known[number] = sealed
         log.info("segment %d of %s: %d spans sealed", number, self._folder, sealed.rows)

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,11 +176,13 @@ class Segments:
             start = end
         return pieces
 
-    def table(self, number: int, first_row: int = 0) -> pa.Table:
+    def table(
+        self, number: int, first_row: int = 0, columns: Sequence[str] = SPAN_SCHEMA.names
+    ) -> pa.Table:
         """A whole segment from a row on; its buffers are the file's pages. Raises OSError."""
         segment = self.known[number]
         batches = read_batches(segment.path, segment.offsets[: len(segment.first_rows)])
-        return pa.Table.from_batches(batches, SPAN_SCHEMA).slice(first_row)
+        return pa.Table.from_batches(batches, SPAN_SCHEMA).select(list(columns)).slice(first_row)
 
     def _open(self, segment: Segment, rows: Places) -> dict[int, pa.RecordBatch]:
         wanted = np.unique(np.searchsorted(segment.first_rows, rows, "right") - 1).tolist()

@@ -7,11 +7,13 @@ goes on.
 """
 
 import asyncio
+import ctypes
+import itertools
 import logging
 import os
 import secrets
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +35,14 @@ from lightning_ray.spans.segments import Segments
 log = logging.getLogger(__name__)
 
 _SEQUENCE = SPAN_SCHEMA.get_field_index("sequence")
-_REMEMBERED = 1 << 16
+_REMEMBERED = 1 << 14
 """Attempts whose last sequence number is kept in memory; of others it is read from the disk."""
 KEEP_EVERY_S = 5.0
 """How often it is looked whether there is something to seal, seconds."""
 NAMES = ["attempt_id", "span_id"]
 INDEXED = ["rollout_id", *NAMES]
-_HEARD = 4096
-"""Flushes whose attempts are remembered for `activity`."""
+_HEARD = 1 << 14
+"""Attempts that are remembered for `activity`: those that got spans last."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class SpanStore:
         self._closed = False
         self._process = secrets.token_hex(4)
         self._flushes = 0
-        self._heard: deque[tuple[int, list[str]]] = deque(maxlen=_HEARD)
+        self._heard: OrderedDict[str, int] = OrderedDict()
         self._news = asyncio.Event()
         self._tending = asyncio.Lock()
         """Held by whoever seals."""
@@ -184,10 +186,8 @@ class SpanStore:
         while self._flushes <= start:
             if not await _within(self._news, deadline):
                 break
-        heard = {
-            attempt: None for flush, names in self._heard if flush > start for attempt in names
-        }
-        return Heard(self._process, self._flushes), list(heard)
+        latest = itertools.takewhile(lambda heard: heard[1] > start, reversed(self._heard.items()))
+        return Heard(self._process, self._flushes), [attempt for attempt, _ in latest][::-1]
 
     async def stats(self) -> StoreStats:
         """What the store holds now."""
@@ -256,6 +256,8 @@ class SpanStore:
         for number in waiting:
             self._sealed.seal(number)
         self._sealed.give_up(self._config.keep_local_bytes)
+        if waiting:
+            _trim_memory()
         return len(waiting)
 
     async def _flush(self) -> None:
@@ -361,11 +363,23 @@ class SpanStore:
 
     def _tell(self, batches: Sequence[pa.RecordBatch]) -> None:
         """Wakes whoever waits for news."""
-        names = {n: None for b in batches for n in b.column("attempt_id").unique().to_pylist()}
         self._flushes += 1
-        self._heard.append((self._flushes, list(names)))
+        for batch in batches:
+            for attempt in batch.column("attempt_id").unique().to_pylist():
+                self._heard[attempt] = self._flushes
+                self._heard.move_to_end(attempt)
+        while len(self._heard) > _HEARD:
+            self._heard.popitem(last=False)
         news, self._news = self._news, asyncio.Event()
         news.set()
+
+
+def _trim_memory() -> None:
+    """Gives back what sealing and the index's merges have freed, where the C library can."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 async def _within(news: asyncio.Event, deadline: float) -> bool:
