@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import ray
 from fastapi import FastAPI, Request
 from ray import serve
 from ray.actor import ActorHandle
@@ -24,11 +25,13 @@ from starlette.responses import Response, StreamingResponse
 from lightning_ray.gateway.answered import AnsweredCall, NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
-from lightning_ray.gateway.desk import Passage, conversation_of
+from lightning_ray.gateway.desk import Passage, conversation_of, trace_of
+from lightning_ray.gateway.intake import TOLD, Intake, refuse
 from lightning_ray.gateway.live import ROLLOUT_HEADER, LiveDoor, parse_feedback
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
 from lightning_ray.gateway.roles import Role, describe
 from lightning_ray.gateway.system_prompt import apply_prompt
+from lightning_ray.gateway.telemetry import TRACES
 from lightning_ray.gateway.upstream import (
     UpstreamCall,
     upstream_body,
@@ -182,6 +185,7 @@ class Gateway:
         self._roles = tuple(roles)
         self._answerers = {answerer.policy: answerer for answerer in answerers}
         self._spans = spans
+        self._intake = Intake(config, spans)
         self._desk = live.desk if live else None
         self._serving = live.config if live else None
         self._run_id = live.run_id if live else ""
@@ -189,14 +193,18 @@ class Gateway:
 
     @app.api_route("/a/{capability}/{path:path}", methods=["GET", "POST"])
     async def call(self, capability: str, path: str, request: Request) -> Response:
-        """One call of an attempt, unstreamed or streamed."""
+        """One call of an attempt, unstreamed or streamed, or what it tells."""
         path = "/" + path
+        if path in TOLD and request.method == "POST":
+            return await self._take(path, request, self._told(path, capability, request))
         return await self._answer(path, self._attempt(capability, path, request))
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST"])
     async def live(self, path: str, request: Request) -> Response:
-        """One call of live traffic, or feedback on it."""
+        """One call of live traffic, its telemetry, or feedback on it."""
         path = "/v1/" + path
+        if path == TRACES and request.method == "POST":
+            return await self._take(path, request, self._told_live(path, request))
         return await self._answer(path, self._live(path, request))
 
     async def _answer(self, path: str, answer: Coroutine[Any, Any, Response]) -> Response:
@@ -211,6 +219,35 @@ class Gateway:
         except aiohttp.ClientError as error:
             log.error("no answer: %s", error)
             return _error(path, 502, "the engine did not answer; try again")
+
+    async def _take(
+        self, path: str, request: Request, answer: Coroutine[Any, Any, Response]
+    ) -> Response:
+        try:
+            async with asyncio.timeout(self._config.call_timeout_s):
+                return await answer
+        except TimeoutError:
+            limit = self._config.call_timeout_s
+            return refuse(path, request, 503, f"not taken within {limit:g} s")
+        except ray.exceptions.RayError as error:
+            log.error("nobody knows whose %s is: %s", path, error)
+            return refuse(path, request, 503, "the door cannot be opened now; try again")
+
+    async def _told(self, path: str, capability: str, request: Request) -> Response:
+        identity: Identity | None = None
+        if self._queue is not None:
+            identity = await self._queue.resolve.remote(capability, True)
+        if identity is None:
+            return refuse(path, request, 401, "this base URL belongs to no attempt that may tell")
+        return await self._intake.attempt(path, identity, request)
+
+    async def _told_live(self, path: str, request: Request) -> Response:
+        if self._desk is None or self._serving is None:
+            return refuse(path, request, 404, "no live traffic is served here")
+        caller: str | None = await self._desk.caller.remote(_key_of(request))
+        if caller is None:
+            return refuse(path, request, 401, "this API key is not known here (serving.keys)")
+        return await self._intake.live(caller, self._desk, self._serving, self._run_id, request)
 
     async def _attempt(self, capability: str, path: str, request: Request) -> Response:
         identity: Identity | None = None
@@ -242,7 +279,9 @@ class Gateway:
         body = _parsed(content)
         role = self._role(path, body, request)
         conversation = conversation_of(request.headers, self._serving.conversation_header, body)
-        passage: Passage | None = await self._desk.admit.remote(caller, conversation, role.policy)
+        passage: Passage | None = await self._desk.admit.remote(
+            caller, conversation, role.policy, trace_of(request.headers)
+        )
         if passage is None:
             raise _Refusal(503, f"no version of {role.policy} serves yet; promote one")
         identity = passage.identity

@@ -149,8 +149,9 @@ def _checks(batch: pa.RecordBatch, limits: TelemetryLimits) -> Iterator[tuple[st
     yield "its times are before the year 2000, in the future, or in the wrong order", in_order
     reward = _mask(pc.equal(batch["kind"], SpanKind.REWARD.value))
     finite = _mask(pc.is_finite(batch["value"]))
-    yield "a reward needs a finite value, and nothing else has one", np.where(
-        reward, finite, _mask(pc.is_null(batch["value"]))
+    yield (
+        "a reward needs a finite value, and nothing else has one",
+        np.where(reward, finite, _mask(pc.is_null(batch["value"]))),
     )
     for name in ("step", "input_tokens", "output_tokens", "cost_usd"):
         number = pc.and_(
@@ -160,9 +161,7 @@ def _checks(batch: pa.RecordBatch, limits: TelemetryLimits) -> Iterator[tuple[st
     yield from _attribute_checks(batch["attributes"], limits)
 
 
-def _attribute_checks(
-    attributes: pa.Array, limits: TelemetryLimits
-) -> Iterator[tuple[str, Mask]]:
+def _attribute_checks(attributes: pa.Array, limits: TelemetryLimits) -> Iterator[tuple[str, Mask]]:
     length = pc.fill_null(pc.binary_length(attributes), 0)
     small = _mask(pc.less_equal(length, limits.max_span_bytes))
     yield f"attributes have more than {limits.max_span_bytes} bytes", small
@@ -190,7 +189,10 @@ def depths(texts: pa.Array) -> pa.Array:
     bare = pc.replace_substring_regex(texts, pattern=r'"(?:[^"\\]|\\.)*"', replacement="")
     bare = pc.replace_substring_regex(pc.fill_null(bare, ""), pattern=r"[^\[\]{}]", replacement="")
     lengths = pc.binary_length(bare).to_numpy()
-    offsets, data = (np.frombuffer(buffer or b"", kind) for buffer, kind in zip(bare.buffers()[1:], (np.int32, np.uint8), strict=True))
+    offsets, data = (
+        np.frombuffer(buffer or b"", kind)
+        for buffer, kind in zip(bare.buffers()[1:], (np.int32, np.uint8), strict=True)
+    )
     letters = data[offsets[bare.offset] : offsets[bare.offset + len(bare)]] if len(bare) else data
     if not len(letters):
         return pa.array(np.zeros(len(lengths), np.int64))
@@ -238,7 +240,9 @@ def _check_frames(body: bytes, limits: TelemetryLimits) -> None:
         while position < len(body):
             marker, size = struct.unpack_from("<Ii", body, position)
             if marker != 0xFFFFFFFF or size < 0:
-                raise UndecodableError("the body is no Arrow IPC stream (the form of 0.15 or later)")
+                raise UndecodableError(
+                    "the body is no Arrow IPC stream (the form of 0.15 or later)"
+                )
             position += 8
             if size == 0:
                 return
@@ -250,7 +254,9 @@ def _check_frames(body: bytes, limits: TelemetryLimits) -> None:
                 batch = message.table(2)
                 rows += _checked_length(batch.number(0, "<q"), limits)
                 if batch.has(3):
-                    raise UndecodableError("compressed columns are not taken: gzip the body instead")
+                    raise UndecodableError(
+                        "compressed columns are not taken: gzip the body instead"
+                    )
             length = message.number(3, "<q")
             if length < 0 or position + size + length > len(body):
                 raise UndecodableError("the Arrow stream ends too early")

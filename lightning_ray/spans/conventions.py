@@ -110,8 +110,9 @@ def columns_of(kind: SpanKind, name: str, attributes: Attributes) -> dict[str, A
 def step_of(attributes: Attributes) -> int | None:
     """The step that a reward is for, where `lightning_ray.step` names one."""
     value = attributes.get(STEP_ATTRIBUTE)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and 0 <= value < 2**31 else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < 2**31 else None
 
 
 def named_conversation(span: Attributes, resource: Attributes) -> tuple[str | None, str | None]:

@@ -70,5 +70,5 @@ def mask_column(texts: pa.Array) -> pa.Array:
     if len(found) == 0:
         return texts
     for pattern, replacement in _IN_TEXT:
-        found = pc.replace_substring_regex(texts, pattern=pattern, replacement=replacement)
+        found = pc.replace_substring_regex(found, pattern=pattern, replacement=replacement)
     return pc.replace_with_mask(texts, suspect, found)

@@ -7,7 +7,7 @@ only single spans are parsed: a few bytes of a huge list cost no more than a ste
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,9 @@ from lightning_ray.spans.limits import TelemetryLimits
 
 Json = dict[str, Any]
 MessageT = TypeVar("MessageT", bound=Message)
+
+Place = tuple[int, int]
+"""Where a part of a body begins, and where it ends."""
 
 
 class UndecodableError(ValueError):
@@ -51,30 +54,17 @@ def read_protobuf(body: bytes, limits: TelemetryLimits) -> Iterator[OtlpSpan]:
         TooMuchError: it has more spans, or more of anything, than `limits` allow.
     """
     walk = _Walk(body, limits)
-    for number, start, end in walk.fields(0, len(body)):
-        if number != 1:
-            continue
+    for resource_spans in walk.parts((0, len(body)), 1):
         # Where a sender repeats a resource or scope, protobuf merges them; they may come last.
-        resource, scopes = Resource(), []
-        for number, start, end in list(walk.fields(start, end)):
-            if number == 1:
-                walk.merge(resource, start, end)
-            elif number == 2:
-                scopes.append((start, end))
-        for start, end in scopes:
-            scope, spans = InstrumentationScope(), []
-            for number, start, end in list(walk.fields(start, end)):
-                if number == 1:
-                    walk.merge(scope, start, end)
-                elif number == 2:
-                    walk.count()
-                    spans.append((start, end))
-            for start, end in spans:
-                span = Span()
+        resource = walk.merged(Resource(), walk.parts(resource_spans, 1))
+        for scope_spans in walk.parts(resource_spans, 2):
+            scope = walk.merged(InstrumentationScope(), walk.parts(scope_spans, 1))
+            for place in walk.parts(scope_spans, 2):
+                walk.count()
+                size = place[1] - place[0]
                 # Judged with the others: one that is too large costs the batch nothing.
-                if end - start <= limits.max_span_bytes:
-                    walk.merge(span, start, end)
-                yield OtlpSpan(span, scope, resource, end - start)
+                read = [place] if size <= limits.max_span_bytes else []
+                yield OtlpSpan(walk.merged(Span(), read), scope, resource, size)
 
 
 class _Walk:
@@ -85,15 +75,16 @@ class _Walk:
         self._limits = limits
         self._spans = 0
         # Resources, scopes, schema addresses and what this version does not know.
-        self._steps = 8 * limits.max_spans + 1024
+        self._steps = 16 * limits.max_spans + 1024
 
     def count(self) -> None:
         """One more span."""
         self._spans += 1
         _check_count(self._spans, self._limits)
 
-    def fields(self, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(number, start, end) of every field with a length between two positions."""
+    def parts(self, place: Place, wanted: int) -> Iterator[Place]:
+        """Where the fields of a number lie that have a length, in what lies at `place`."""
+        position, end = place
         while position < end:
             self._steps -= 1
             if self._steps < 0:
@@ -105,7 +96,8 @@ class _Walk:
             if wire_type == 2:
                 length, position = self._varint(position, end)
                 self._check(position + length <= end)
-                yield number, position, position + length
+                if number == wanted:
+                    yield position, position + length
                 position += length
             elif wire_type == 0:
                 _, position = self._varint(position, end)
@@ -115,16 +107,18 @@ class _Walk:
             else:
                 raise UndecodableError(f"the body is no protobuf message: wire type {wire_type}")
 
-    def merge(self, message: Message, start: int, end: int) -> None:
-        """Parses what lies between two positions into `message`."""
-        _check_part(end - start, self._limits)
-        try:
-            message.MergeFromString(self._body[start:end])
-        except (DecodeError, UnicodeDecodeError) as error:
-            raise UndecodableError(
-                f"the body is no ExportTraceServiceRequest: a {type(message).__name__} cannot be "
-                "decoded"
-            ) from error
+    def merged(self, message: MessageT, places: Iterable[Place]) -> MessageT:
+        """`message` with what lies at these places parsed into it."""
+        for start, end in places:
+            _check_part(end - start, self._limits)
+            try:
+                message.MergeFromString(self._body[start:end])
+            except (DecodeError, UnicodeDecodeError) as error:
+                name = type(message).__name__
+                raise UndecodableError(
+                    f"the body is no ExportTraceServiceRequest: a {name} cannot be decoded"
+                ) from error
+        return message
 
     def _varint(self, position: int, end: int) -> tuple[int, int]:
         value = 0
@@ -212,7 +206,7 @@ def _object(parent: Json, name: str) -> Json:
 
 
 def _objects(parent: Json, *names: str) -> list[Json]:
-    value = next((parent[name] for name in names if parent.get(name) is not None), [])
+    value: Any = next((parent[name] for name in names if parent.get(name) is not None), [])
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UndecodableError(f"{names[0]} is to be a list of objects")
     return value
@@ -256,9 +250,7 @@ def _message(message: MessageT, given: Json, limits: TelemetryLimits) -> Message
     try:
         # Each level of a value is an AnyValue, a list or map, and their entries.
         depth = 4 * limits.max_depth + 16
-        json_format.ParseDict(
-            given, message, ignore_unknown_fields=True, max_recursion_depth=depth
-        )
+        json_format.ParseDict(given, message, ignore_unknown_fields=True, max_recursion_depth=depth)
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:300]
         raise UndecodableError(f"a {type(message).__name__} cannot be read: {reason}") from error

@@ -119,9 +119,7 @@ class _ResourceOf:
         return self._attributes
 
 
-def to_place(
-    spans: Iterable[Arrived], run_id: str, rollout_id: str, attempt_id: str
-) -> list[Json]:
+def to_place(spans: Iterable[Arrived], run_id: str, rollout_id: str, attempt_id: str) -> list[Json]:
     """Rows of SPAN_SCHEMA: these spans in one attempt, whatever they say of themselves."""
     place = {"run_id": run_id, "rollout_id": rollout_id, "attempt_id": attempt_id, "sequence": 0}
     return [{**row, **place} for arrived in spans for row in arrived.rows]
@@ -285,9 +283,7 @@ def _status(status: Status) -> SpanStatus:
     return SpanStatus.ERROR if status.code == Status.STATUS_CODE_ERROR else SpanStatus.OK
 
 
-def _attributes(
-    given: RepeatedCompositeFieldContainer[KeyValue], limits: TelemetryLimits
-) -> Json:
+def _attributes(given: RepeatedCompositeFieldContainer[KeyValue], limits: TelemetryLimits) -> Json:
     _few(given, "attributes", limits)
     found = {}
     for item in given:
