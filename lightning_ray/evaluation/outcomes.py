@@ -173,8 +173,12 @@ def _telemetry(ask: Query, rollback_words: Sequence[str]) -> Fields:
             count(*) FILTER (kind = 'tool_call') AS tool_calls,
             count(*) FILTER (kind = 'tool_call' AND status = 'ok') AS tool_calls_ok,
             bool_or({steps} OR {marked} IS NOT NULL) AS observed,
-            coalesce(bool_or(({steps} AND (list_contains($1, name) OR list_contains($1, tool))) OR {marked} = 'true'), false)
-                AS rolled_back
+            coalesce(
+                bool_or(
+                    ({steps} AND (list_contains($1, name) OR list_contains($1, tool)))
+                    OR {marked} = 'true'
+                ), false
+            ) AS rolled_back
         FROM decided GROUP BY rollout_id
     """
     return [(row.pop("rollout_id"), row) for row in _rows(ask, select, [undoing])]

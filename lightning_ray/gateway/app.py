@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +20,16 @@ import ray
 from fastapi import FastAPI, Request
 from ray import serve
 from ray.actor import ActorHandle
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from lightning_ray.gateway.answered import AnsweredCall, NotedCall
+from lightning_ray.gateway.answered import NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
 from lightning_ray.gateway.desk import Passage, conversation_of, trace_of
 from lightning_ray.gateway.intake import TOLD, Intake, refuse
 from lightning_ray.gateway.live import ROLLOUT_HEADER, LiveDoor, parse_feedback
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
+from lightning_ray.gateway.relay import recorded, relay, request_headers
 from lightning_ray.gateway.roles import Role, describe
 from lightning_ray.gateway.system_prompt import apply_prompt
 from lightning_ray.gateway.telemetry import TRACES
@@ -44,24 +45,6 @@ from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
-# Hop by hop (RFC 9110, 7.6.1), or belonging to the connection that ends here, or the agent's key.
-_DROPPED = frozenset(
-    {
-        "accept-encoding",
-        "authorization",
-        "connection",
-        "content-length",
-        "host",
-        "keep-alive",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "x-api-key",
-    }
-)
-_OURS = "x-lightning-ray-"
 VERSION_HEADER = "x-lightning-ray-version"
 FEEDBACK = "/v1/feedback"
 
@@ -90,38 +73,6 @@ class _Call:
     answerer: Answerer
 
 
-def _reply_headers(reply: aiohttp.ClientResponse) -> dict[str, str]:
-    return {
-        name.lower(): value
-        for name, value in reply.headers.items()
-        if name.lower() not in _DROPPED and name.lower() != "server"
-    }
-
-
-async def _relay(reply: aiohttp.ClientResponse) -> Response:
-    headers = _reply_headers(reply)
-    if "content-length" in reply.headers:
-        async with reply:
-            return Response(await reply.read(), reply.status, headers)
-    return StreamingResponse(_stream(reply), reply.status, headers)
-
-
-async def _recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Response:
-    """Passes a reply on, and leaves a span of what was said."""
-    headers = _reply_headers(reply)
-    if "text/event-stream" in reply.headers.get("content-type", ""):
-        return StreamingResponse(call.stream(reply), reply.status, headers)
-    async with reply:
-        return Response(await call.whole(reply), reply.status, headers)
-
-
-async def _stream(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    # Leaving early closes the connection, and so the engine stops generating for nobody.
-    async with reply:
-        async for part in reply.content.iter_any():
-            yield part
-
-
 def _error(path: str, status: int, message: str) -> Response:
     headers: dict[str, Any] = {"content-type": "application/json"}
     return Response(error_body(path, status, message), status, headers)
@@ -145,14 +96,6 @@ def _parsed(content: bytes) -> dict[str, Any]:
         return parse_body(content)
     except ValueError as error:
         raise _Refusal(400, f"the body cannot be read: {error}") from error
-
-
-def _request_headers(request: Request) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in request.headers.items()
-        if name not in _DROPPED and not name.startswith(_OURS)
-    }
 
 
 def _with_prompt(
@@ -324,7 +267,7 @@ class Gateway:
         )
         if answerer.upstream is not None:
             return await self._ask_upstream(_Call(path, content, by, answerer), request)
-        headers = _request_headers(request) | extra | attribution_headers(answerer.key, by)
+        headers = request_headers(request) | extra | attribution_headers(answerer.key, by)
         url = answerer.url_for(identity.rollout_id) + path
         noted = None
         if identity.note_messages:
@@ -332,16 +275,16 @@ class Gateway:
         reply = await self._client().request(
             "POST", url, params=request.query_params, data=content or None, headers=headers
         )
-        return await (_relay(reply) if noted is None else _recorded(noted, reply))
+        return await (relay(reply) if noted is None else recorded(noted, reply))
 
     async def _list(self, path: str, request: Request, identity: Identity) -> Response:
         """The models that may be asked for: as the one engine says, or our own list of several."""
         (only, *others) = self._answerers.values()
         if not others and only.upstream is None:
             by = Attribution(identity.run_id, identity.rollout_id, identity.attempt_id, "", path)
-            headers = _request_headers(request) | attribution_headers(only.key, by)
+            headers = request_headers(request) | attribution_headers(only.key, by)
             url = only.url_for(identity.rollout_id) + path
-            return await _relay(await self._client().request("GET", url, headers=headers))
+            return await relay(await self._client().request("GET", url, headers=headers))
         return self._own_list()
 
     def _own_list(self) -> Response:
@@ -359,7 +302,7 @@ class Gateway:
         assert upstream is not None
         # Parsed again where a prompt was put in: what is recorded is what was asked.
         body = upstream_body(upstream, _parsed(call.content))
-        headers = _request_headers(request) | upstream_headers(upstream, call.path)
+        headers = request_headers(request) | upstream_headers(upstream, call.path)
         asked = UpstreamCall(self._spans, upstream, call.answerer.policy, call.by, body)
         reply = await self._client().request(
             "POST",
@@ -368,7 +311,7 @@ class Gateway:
             data=json.dumps(body).encode(),
             headers=headers,
         )
-        return await _recorded(asked, reply)
+        return await recorded(asked, reply)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.max_body_bytes

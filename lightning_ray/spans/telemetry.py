@@ -128,7 +128,7 @@ def to_place(spans: Iterable[Arrived], run_id: str, rollout_id: str, attempt_id:
 def telemetry_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
     """Rows as one record batch of SPAN_SCHEMA, without the secrets in their texts."""
     batch = pa.RecordBatch.from_pylist(list(rows), schema=SPAN_SCHEMA)
-    for name in ("name", "attributes"):
+    for name in ("name", "agent", "tool", "model", "attributes"):
         place = SPAN_SCHEMA.get_field_index(name)
         batch = batch.set_column(place, SPAN_SCHEMA.field(place), mask_column(batch[name]))
     return batch
