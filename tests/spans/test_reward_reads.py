@@ -10,15 +10,11 @@ from hypothesis import strategies as st
 from lightning_ray.spans import SpanKind, span, to_batch
 from lightning_ray.spans.rewards import by_attempt, reward_history, rewards, whole_attempt
 
+Given = tuple[str, str, int | None, float | None, str | None]
 
-def reward(
-    attempt: str,
-    name: str,
-    step: int | None,
-    value: float | None,
-    source: str | None,
-    sequence: int,
-) -> dict[str, Any]:
+
+def reward(one: Given, sequence: int) -> dict[str, Any]:
+    attempt, name, step, value, source = one
     place = {"run_id": "run", "rollout_id": attempt.partition("/")[0], "attempt_id": attempt}
     made = span(SpanKind.REWARD, name, **place, value=value, step=step, source=source)
     return {**made, "sequence": sequence}

@@ -275,6 +275,7 @@ def test_a_bad_span_is_refused_with_its_reason_and_the_others_are_kept(
     assert reason in why and count == 1
 
 
+@settings(max_examples=50)
 @given(st.lists(otel_spans(), max_size=4), st.dictionaries(st.text("ab", max_size=2), st.text("é")))
 def test_json_is_stored_as_the_same_protobuf_is(spans: list[Any], resource: dict[str, str]) -> None:
     made = request(*spans, resource=resource)
