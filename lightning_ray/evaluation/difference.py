@@ -63,7 +63,8 @@ def heldout_scores(spans: Path) -> dict[int, TaskScores]:
             batch = batch.filter(pc.starts_with(batch["rollout_id"], "heldout-"))
             ends = batch.filter(pc.equal(batch["kind"], SpanKind.RESOURCE.value))
             rows += ends.select(_COLUMNS).to_pylist()
-            given.append(batch.filter(pc.equal(batch["kind"], SpanKind.REWARD.value)))
+            kinds = pa.array([SpanKind.REWARD.value, SpanKind.RESOURCE.value])
+            given.append(batch.filter(pc.is_in(batch["kind"], value_set=kinds)))
     return _scores(rows, by_attempt(pa.Table.from_batches(given, SPAN_SCHEMA)))
 
 

@@ -6,14 +6,15 @@ anybody, at any time; of one name and step the last by `sequence` holds, and eve
 in the history.
 
 Invariant: an agent does not overrule anybody. Its own reward (`source` "agent") holds only where
-nobody else gave one of that name and step.
+nobody else gave one of that name and step, and never in an attempt that did not end well: what
+crashed or was not graded has no outcome, whatever it said of itself.
 """
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.spans.schema import SPAN_SCHEMA, SpanKind
+from lightning_ray.spans.schema import SPAN_SCHEMA, SpanKind, SpanStatus
 
 AGENT = "agent"
 GRADER = "grader"
@@ -50,6 +51,9 @@ def rewards(spans: pa.Table) -> pa.Table:
     A name and step keep the place at which they were first given.
     """
     history = reward_history(spans)
+    own = pc.equal(history["source"], AGENT)
+    broken = pc.is_in(history["attempt_id"], value_set=_broken(spans))
+    history = history.filter(pc.invert(pc.and_(own, broken)))
     if history.num_rows == 0:
         return history
     own = pc.equal(history["source"], AGENT)
@@ -64,6 +68,15 @@ def rewards(spans: pa.Table) -> pa.Table:
     chosen = held["rank_max"]
     over = pc.greater_equal(chosen, history.num_rows)
     return history.take(pc.if_else(over, pc.subtract(chosen, history.num_rows), chosen))
+
+
+def _broken(spans: pa.Table) -> pa.Array:
+    """The attempts whose end, as their worker recorded it, was no good one."""
+    ended = pc.and_(
+        pc.equal(spans["kind"], SpanKind.RESOURCE.value), pc.equal(spans["name"], "attempt")
+    )
+    bad = pc.and_(ended, pc.not_equal(spans["status"], SpanStatus.OK.value))
+    return pc.unique(spans["attempt_id"].filter(bad)).cast(pa.string())
 
 
 def whole_attempt(held: pa.Table) -> pa.Table:

@@ -168,8 +168,11 @@ def attempts_table(spans: pa.Table) -> pa.Table:
     given = ["attempt_id"]
     for name in sorted(pc.unique(held["name"]).to_pylist()):
         literal = name.replace("'", "''")
-        # A reward that has the name of a column keeps out of its way.
-        column = _quoted(f"reward_{name}" if name in _COLUMNS else name)
+        if not name.isprintable():
+            continue
+        # A reward that has the name of a column keeps out of its way; SQL does not tell case apart.
+        taken = name.lower() in _COLUMNS
+        column = _quoted(f"reward_{name}" if taken else name)
         given.append(f"any_value(value) FILTER (name = '{literal}') AS {column}")
     return query(
         spans,

@@ -140,7 +140,7 @@ def _rewards(spans: pa.Table) -> _Rewards:
         *(history[column].to_pylist() for column in ("attempt_id", "name", "value")), strict=True
     ):
         graded[attempt][name].append(value)
-    return _Rewards(by_attempt(rows), graded, frozenset(names))
+    return _Rewards(by_attempt(spans), graded, frozenset(names))
 
 
 def _worth(facts: AttemptFacts, rewards: _Rewards) -> float | None:

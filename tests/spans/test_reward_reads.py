@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ray.spans import SpanKind, span, to_batch
+from lightning_ray.spans import SpanKind, SpanStatus, span, to_batch
 from lightning_ray.spans.rewards import by_attempt, reward_history, rewards, whole_attempt
 
 Given = tuple[str, str, int | None, float | None, str | None]
@@ -66,3 +66,18 @@ def test_the_last_of_a_name_and_step_holds_and_an_agent_overrules_nobody(
 def test_no_spans_have_no_rewards() -> None:
     empty = pa.Table.from_batches([to_batch([])])
     assert rewards(empty).num_rows == 0 and by_attempt(empty) == {}
+
+
+def test_an_attempt_that_did_not_end_well_has_no_reward_of_its_own() -> None:
+    given = [("reward", "agent"), ("style", "person")]
+    rows = [
+        reward((attempt, name, None, 1.0, source), sequence)
+        for attempt in ("a/1", "b/1")
+        for sequence, (name, source) in enumerate(given, 1)
+    ]
+    for attempt, status in (("a/1", SpanStatus.ERROR), ("b/1", SpanStatus.OK)):
+        place = {"run_id": "run", "rollout_id": attempt[0], "attempt_id": attempt}
+        rows.append(span(SpanKind.RESOURCE, "attempt", **place, status=status))
+    table = pa.Table.from_batches([to_batch(rows)])
+    assert by_attempt(table) == {"a/1": {"style": 1.0}, "b/1": {"reward": 1.0, "style": 1.0}}
+    assert reward_history(table).num_rows == 4
