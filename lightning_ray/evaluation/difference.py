@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_ray.evaluation.measures import Interval, paired_difference
-from lightning_ray.spans import SpanKind
-from lightning_ray.spans.segment import SUFFIX, read_segment
+from lightning_ray.spans import SpanKind, holds_spans, open_folder
+from lightning_ray.spans.rewards import by_attempt
 
-_COLUMNS = ["kind", "name", "rollout_id", "end_ns", "value", "attributes"]
+_COLUMNS = ["rollout_id", "end_ns", "attributes"]
 # As the conductor names the rollouts of an evaluation: step, session, place of the task, sample.
 _ROLLOUT = re.compile(r"heldout-s(\d+)-([^-]+)-\d+-\d+$")
 
@@ -49,25 +48,29 @@ class Difference:
 def heldout_scores(spans: Path) -> dict[int, TaskScores]:
     """The scores of every held-out evaluation in a run's folder of spans, by training step.
 
-    An evaluation that was begun twice (the run was resumed) counts as it was the last time. Only
-    the columns that are needed are read. Empty where there are no spans.
+    An evaluation that was begun twice (the run was resumed) counts as it was the last time. Empty
+    where there are no spans.
 
     Raises:
-        InfrastructureError: a segment is not of this version's schema.
+        InfrastructureError: something there cannot be read.
     """
-    rows: list[dict[str, object]] = []
-    for path in sorted(spans.rglob(f"*{SUFFIX}")):
-        for _, batch in read_segment(path).batches:
-            kinds = pc.is_in(batch["kind"], pa.array([SpanKind.REWARD, SpanKind.RESOURCE]))
-            heldout = pc.starts_with(batch["rollout_id"], "heldout-")
-            rows += batch.select(_COLUMNS).filter(pc.and_(kinds, heldout)).to_pylist()
-    return _scores(rows)
+    if not holds_spans(spans):
+        return {}
+    kinds = [SpanKind.REWARD.value, SpanKind.RESOURCE.value]
+    heldout = pc.starts_with(pc.field("rollout_id"), "heldout-") & pc.field("kind").isin(kinds)
+    found = open_folder(spans).to_table(filter=heldout)
+    ends = found.filter(pc.equal(found["kind"], SpanKind.RESOURCE.value))
+    return _scores(ends.select(_COLUMNS).to_pylist(), by_attempt(found))
 
 
-def _scores(rows: list[dict[str, object]]) -> dict[int, TaskScores]:
+def _scores(
+    rows: list[dict[str, object]], given: Mapping[str, Mapping[str, float]]
+) -> dict[int, TaskScores]:
     tasks: dict[str, str] = {}
     contents: dict[str, str] = {}
-    rewards: dict[str, dict[str, float]] = {}
+    # The latest attempt decides a rollout.
+    latest = sorted(given, key=lambda attempt: int(attempt.rpartition("/")[2]))
+    rewards = {attempt.rpartition("/")[0]: given[attempt] for attempt in latest}
     last: dict[int, tuple[int, str]] = {}
     place: dict[str, tuple[int, str]] = {}
     for row in rows:
@@ -80,9 +83,7 @@ def _scores(rows: list[dict[str, object]]) -> dict[int, TaskScores]:
         ended = int(str(row["end_ns"]))
         if step not in last or ended > last[step][0]:
             last[step] = (ended, session)
-        if row["kind"] == SpanKind.REWARD:
-            rewards.setdefault(rollout, {})[str(row["name"])] = float(str(row["value"]))
-        elif row["attributes"]:
+        if row["attributes"]:
             attributes = json.loads(str(row["attributes"]))
             tasks[rollout] = attributes["task_id"]
             if "task" in attributes:
@@ -99,7 +100,10 @@ def _scores(rows: list[dict[str, object]]) -> dict[int, TaskScores]:
 
 
 def _means(
-    rollouts: list[str], tasks: dict[str, str], rewards: dict[str, dict[str, float]], name: str
+    rollouts: list[str],
+    tasks: dict[str, str],
+    rewards: Mapping[str, Mapping[str, float]],
+    name: str,
 ) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for rollout in rollouts:

@@ -8,7 +8,7 @@ from lightning_ray.spans.client import SpanClient, start_store
 from lightning_ray.spans.config import SpansConfig, check_spans
 from lightning_ray.spans.conversations import RequestLog, whole_requests
 from lightning_ray.spans.layout import holds_spans
-from lightning_ray.spans.query import Query, query, querying, read_folder
+from lightning_ray.spans.query import Query, open_folder, query, querying, read_folder
 from lightning_ray.spans.rows import attempt_id_of, new_span_id, span, to_batch
 from lightning_ray.spans.schema import SCHEMA_VERSION, SPAN_SCHEMA, SpanKind, SpanStatus
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_spans",
     "holds_spans",
     "new_span_id",
+    "open_folder",
     "query",
     "querying",
     "read_folder",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_ray.agents import AgentEnd, AgentResult, GraderError, Task, grade, load_grader
 from lightning_ray.errors import UserError
+from lightning_ray.spans import SpanKind, span, to_batch
 from lightning_ray.spans.schema import SPAN_SCHEMA
 
 RESULT = AgentResult(AgentEnd.EXITED, 0, None, "out\n", "", 0.1, False, False)
@@ -106,3 +107,19 @@ def test_a_grader_that_does_not_load_is_refused(tmp_path, spec, message):
     with pytest.raises(UserError, match=message) as caught:
         load_grader(spec.replace("{tmp}", str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+def test_an_agent_may_be_trusted_with_its_own_rewards():
+    own = load_grader("lightning_ray.agents.own_rewards:grade")
+    place = {"run_id": "run", "rollout_id": "r", "attempt_id": "r/1"}
+    rows = [
+        span(SpanKind.REWARD, name, **place, value=value, step=step, source="agent")
+        | {"sequence": n}
+        for n, (name, value, step) in enumerate(
+            [("reward", 0.0, None), ("reward", 1.0, None), ("style", 2.0, None), ("reward", 9.0, 4)]
+        )
+    ]
+    table = pa.Table.from_batches([to_batch(rows)])
+    assert grade(own, TASK, RESULT, table) == {"reward": 1.0, "style": 2.0}
+    with pytest.raises(GraderError, match="gave no 'reward'"):
+        grade(own, TASK, RESULT, SPANS)

@@ -108,6 +108,33 @@ def test_the_last_value_of_a_reward_counts() -> None:
     assert found.rewards == {"reward": 1.0}
 
 
+def test_an_agents_word_on_itself_overrules_nobody() -> None:
+    rows = [
+        *attempt("r/1", "t", {"reward": 0.0}),
+        make(SpanKind.REWARD, "reward", "r/1", value=1.0, source="agent"),
+        make(SpanKind.REWARD, "style", "r/1", value=1.0, source="agent"),
+        make(SpanKind.REWARD, "reward", "r/1", value=1.0, source="person", step=3),
+        make(SpanKind.FEEDBACK, "accept", "r/1", source="agent"),
+        make(SpanKind.FEEDBACK, "override", "r/1", source="person"),
+    ]
+    (found,) = read_outcomes(table(rows))
+    assert found.rewards == {"reward": 0.0, "style": 1.0} and found.verdicts == ("override",)
+
+
+def test_telemetry_of_a_call_costs_nothing_twice_and_of_a_tool_once() -> None:
+    rows = [
+        *attempt("r/1", "t", {"reward": 1.0}),
+        call("r/1", prompt_tokens=3, cost_usd=0.5),
+        make(SpanKind.MESSAGE, "chat", "r/1", cost_usd=0.5, input_tokens=3, source="agent"),
+        make(SpanKind.AGENT_STEP, "invoke_agent", "r/1", cost_usd=0.5, source="agent"),
+        make(SpanKind.TOOL_CALL, "execute_tool x", "r/1", tool="undo", cost_usd=0.25),
+    ]
+    (found,) = read_outcomes(table(rows), rollback_words=ROLLBACK_WORDS)
+    assert (found.cost_usd, found.usage) == (0.75, ())
+    # A tool's own name tells what it does, whatever its span is called.
+    assert found.rolled_back and found.tool_calls == 1
+
+
 def test_a_rollout_that_left_no_span_is_failed() -> None:
     rows = attempt("a/1", "t", {"reward": 1.0})
     found = read_outcomes(table(rows), rollout_ids=["lost", "a"])

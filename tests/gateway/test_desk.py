@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ray.gateway.answerers import Answerer
-from lightning_ray.gateway.desk import Desk, LivePolicy, conversation_of, digest_of
+from lightning_ray.gateway.desk import Desk, LivePolicy, conversation_of, digest_of, trace_of
 from lightning_ray.gateway.live import parse_feedback
 
 KEYS = {"web": digest_of("k" * 20), "app": digest_of("a" * 20)}
@@ -106,6 +106,37 @@ def test_a_conversation_is_known_by_how_it_begins():
         assert of(odd)
 
 
+TRACE = "0a" * 16
+
+
+def test_a_trace_belongs_where_its_calls_went():
+    made = desk(live(1))
+    header = {"traceparent": f"00-{TRACE}-{'0b' * 8}-01"}
+    assert trace_of(header) == TRACE
+    for odd in ("", "00-1-2-01", f"00-{'0' * 32}-{'0b' * 8}-01", f"00-{TRACE}"):
+        assert trace_of({"traceparent": odd}) == ""
+    passage = made.admit("web", "begins:x", "helper", 0.0, TRACE)
+    rollout = passage.identity.rollout_id
+    # Whatever its spans call the conversation.
+    assert made.locate("web", [], {TRACE: "header:c"}, 1.0) == ({}, {TRACE: rollout})
+    assert made.locate("web", [], {TRACE: ""}, 1.0) == ({}, {TRACE: rollout})
+    # Another caller has a trace of the same id in a conversation of its own, or in none.
+    assert made.locate("app", [], {TRACE: ""}, 1.0) == ({}, {})
+    _, found = made.locate("app", [], {TRACE: "header:c"}, 1.0)
+    assert made.owns("app", found[TRACE]) and not made.owns("web", found[TRACE])
+
+
+def test_telemetry_and_calls_that_name_a_conversation_meet_in_it():
+    made = desk(live(1))
+    named, found = made.locate("web", ["header:c"], {TRACE: "header:c"}, 0.0)
+    assert found == {TRACE: named["header:c"]}
+    passage = made.admit("web", "header:c", "helper", 1.0)
+    assert passage.identity.rollout_id == named["header:c"]
+    names = [f"rollout:{passage.identity.rollout_id}", "rollout:live-00000000-1", "rollout:"]
+    assert list(made.locate("web", names, {}, 2.0)[0]) == names[:1]
+    assert made.locate("app", names, {TRACE: names[0]}, 2.0) == ({}, {})
+
+
 ROLLOUT = "live-0a1b2c3d-0123456789abcdef"
 
 
@@ -134,8 +165,20 @@ def test_feedback_becomes_spans_of_its_conversation(body, kinds):
 
 
 @pytest.mark.parametrize(
+    ("said", "source"),
+    [({}, "service"), ({"by": "ann"}, "person"), ({"by": "ci", "source": "service"}, "service")],
+)
+def test_feedback_says_who_gave_it_and_for_which_step(said, source):
+    body = {"rollout": ROLLOUT, "verdict": "accept", "reward": 1, "step": 2, **said}
+    for row in parse_feedback(body).spans("run", "web"):
+        assert (row["source"], row["step"]) == (source, 2)
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
+        ({"rollout": ROLLOUT, "reward": 1, "source": "grader"}, "neither 'person' nor 'service'"),
+        ({"rollout": ROLLOUT, "reward": 1, "step": -1}, "`step` is to be"),
         ({"verdict": "accept"}, "name the conversation"),
         ({"reply_id": "chatcmpl-1", "verdict": "accept"}, "name the conversation"),
         ({"rollout": ROLLOUT}, "say something"),

@@ -197,6 +197,14 @@ def test_what_is_dropped_gives_a_group_no_contrast_and_what_is_kept_does() -> No
     assert kept == {"contradictory_rewards": 1}
 
 
+@pytest.mark.parametrize("source", ["agent", "person", "service"])
+def test_what_others_say_of_an_attempt_contradicts_no_grader(source: str) -> None:
+    folder = _two_groups()
+    _second_reward(folder.groups[0][1])
+    folder.groups[0][1].rewards[-1]["source"] = source
+    assert folder.found(**ALONE) == {}
+
+
 @given(folders())
 def test_the_same_task_in_two_groups_is_found(folder: Folder) -> None:
     for attempt in folder.groups[1]:
