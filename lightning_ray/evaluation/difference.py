@@ -56,7 +56,7 @@ def heldout_scores(spans: Path) -> dict[int, TaskScores]:
         InfrastructureError: a segment is not of this version's schema.
     """
     rows: list[dict[str, object]] = []
-    for path in sorted(spans.glob(f"*{SUFFIX}")):
+    for path in sorted(spans.rglob(f"*{SUFFIX}")):
         for _, batch in read_segment(path).batches:
             kinds = pc.is_in(batch["kind"], pa.array([SpanKind.REWARD, SpanKind.RESOURCE]))
             heldout = pc.starts_with(batch["rollout_id"], "heldout-")

@@ -14,7 +14,7 @@ import aiohttp
 
 from lightning_ray.gateway.reply_reader import Reply, ReplyReader
 from lightning_ray.inference import Attribution
-from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
+from lightning_ray.spans import RequestLog, SpanClient, SpanKind, SpanStatus, span
 
 Json = dict[str, Any]
 
@@ -40,9 +40,13 @@ def _status(reply: aiohttp.ClientResponse) -> SpanStatus:
 class AnsweredCall(ABC):
     """One call while it is answered; subclasses say what its span holds."""
 
-    def __init__(self, spans: SpanClient, policy: str, by: Attribution, body: Json):
-        """`body` is the request as it was passed on."""
+    def __init__(
+        self, spans: SpanClient, log: RequestLog, policy: str, by: Attribution, body: Json
+    ):
+        """`body` is the request as it was passed on; `log` remembers earlier ones."""
         self._spans = spans
+        self._log = log
+        self._request = {name: body[name] for name in _SAID if name in body}
         self._policy = policy
         self._by = by
         self._body = body
@@ -87,7 +91,7 @@ class AnsweredCall(ABC):
     def _said(self, said: Reply) -> Json:
         """The conversation, and what was answered, as a span's attributes."""
         attributes: Json = {
-            "request": {name: self._body[name] for name in _SAID if name in self._body},
+            "request": self._log.shorten(self._by.attempt_id, self._request),
             "reply": {"text": said.text, "tool_calls": said.tool_calls},
         }
         if self._by.prompt:
@@ -111,6 +115,7 @@ class AnsweredCall(ABC):
             attributes=attributes,
         )
         await self._spans.append([row])
+        self._log.stored(self._by.attempt_id, row["span_id"], self._request)
 
 
 class NotedCall(AnsweredCall):

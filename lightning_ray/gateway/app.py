@@ -37,7 +37,7 @@ from lightning_ray.gateway.upstream import (
 )
 from lightning_ray.inference import Attribution, attribution_headers
 from lightning_ray.rollouts import Identity
-from lightning_ray.spans import SpanClient
+from lightning_ray.spans import RequestLog, SpanClient
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ class Gateway:
         self._roles = tuple(roles)
         self._answerers = {answerer.policy: answerer for answerer in answerers}
         self._spans = spans
+        self._requests = RequestLog()
         self._desk = live.desk if live else None
         self._serving = live.config if live else None
         self._run_id = live.run_id if live else ""
@@ -289,7 +290,7 @@ class Gateway:
         url = answerer.url_for(identity.rollout_id) + path
         noted = None
         if identity.note_messages:
-            noted = NotedCall(self._spans, role.policy, by, _parsed(content))
+            noted = NotedCall(self._spans, self._requests, role.policy, by, _parsed(content))
         reply = await self._client().request(
             "POST", url, params=request.query_params, data=content or None, headers=headers
         )
@@ -321,7 +322,9 @@ class Gateway:
         # Parsed again where a prompt was put in: what is recorded is what was asked.
         body = upstream_body(upstream, _parsed(call.content))
         headers = _request_headers(request) | upstream_headers(upstream, call.path)
-        asked = UpstreamCall(self._spans, upstream, call.answerer.policy, call.by, body)
+        asked = UpstreamCall(
+            self._spans, self._requests, upstream, call.answerer.policy, call.by, body
+        )
         reply = await self._client().request(
             "POST",
             upstream_url(upstream, call.path),

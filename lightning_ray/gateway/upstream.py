@@ -11,7 +11,7 @@ from lightning_ray.gateway.answered import AnsweredCall
 from lightning_ray.gateway.answerers import Upstream
 from lightning_ray.gateway.reply_reader import Reply
 from lightning_ray.inference import Attribution
-from lightning_ray.spans import SpanClient, SpanKind, SpanStatus
+from lightning_ray.spans import RequestLog, SpanClient, SpanKind, SpanStatus
 
 Json = dict[str, Any]
 
@@ -41,9 +41,15 @@ class UpstreamCall(AnsweredCall):
     """A call that an upstream answers."""
 
     def __init__(
-        self, spans: SpanClient, upstream: Upstream, policy: str, by: Attribution, body: Json
+        self,
+        spans: SpanClient,
+        log: RequestLog,
+        upstream: Upstream,
+        policy: str,
+        by: Attribution,
+        body: Json,
     ):
-        super().__init__(spans, policy, by, body)
+        super().__init__(spans, log, policy, by, body)
         self._upstream = upstream
 
     async def _record(self, said: Reply, status: SpanStatus, http_status: int) -> None:

@@ -4,11 +4,12 @@ Invariant: every call that reached the engine for an attempt becomes one span pe
 on disk before the engine's last output is handed on: an agent never acts on an answer that is not
 recorded. An abandoned call is recorded as far as it was sampled, with status "aborted".
 
-A span stores only the tokens it adds to the call it continues. The recorder remembers the tokens of
-the latest attempts; a call whose predecessor it does not remember is stored whole, which costs
-bytes and changes nothing else.
+A span stores only the tokens it adds to the call it continues. The recorder remembers digests of
+the latest attempts' calls; a call whose predecessor it does not remember is stored whole, which
+costs bytes and changes nothing else.
 """
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,8 +25,14 @@ from lightning_ray.spans import SpanKind, SpanStatus, new_span_id, span
 REMEMBERED_ATTEMPTS = 4096
 """Attempts whose tokens are kept in memory to find what a call continues."""
 
-Append = Callable[[Sequence[Mapping[str, Any]]], Awaitable[None]]
+Append = Callable[[Sequence[Mapping[str, Any]]], Awaitable[object]]
 Tokens = NDArray[np.int32]
+
+_Known = dict[int, dict[bytes, str]]
+"""The calls of an attempt: by their number of tokens, then by the digest of these, the span's id.
+
+Digests, because an attempt's calls in full would take memory by the square of its turns.
+"""
 
 
 @dataclass
@@ -63,7 +70,7 @@ class CallRecorder:
     def __init__(self, append: Append):
         """`append` stores rows of SPAN_SCHEMA and returns once they are on disk."""
         self._append = append
-        self._known: OrderedDict[str, list[tuple[str, Tokens]]] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
         self.calls = 0
         self.sampled_tokens = 0
 
@@ -72,16 +79,15 @@ class CallRecorder:
         if call.prompt_ids is None or not call.choices:
             return
         attempt = call.attribution.attempt_id
-        known = self._known.get(attempt, [])
         prompt = np.asarray(call.prompt_ids, np.int32)
-        continues, prefix = _longest_prefix(known, prompt)
+        continues, prefix = _longest_prefix(self._known.get(attempt, {}), prompt)
         end_ns = time.time_ns()
         rows = []
         learnt = []
         for index, choice in sorted(call.choices.items()):
             tokens = np.concatenate([prompt, np.asarray(choice.token_ids, np.int32)])
             span_id = new_span_id()
-            learnt.append((span_id, tokens))
+            learnt.append((span_id, len(tokens), _digest(tokens)))
             rows.append(
                 span(
                     SpanKind.MODEL_CALL,
@@ -115,20 +121,41 @@ class CallRecorder:
         await self._append(rows)
         # Only what is stored may be continued. Another call of the attempt may have ended while
         # this one was being stored, so what is known is looked up again.
-        self._known.setdefault(attempt, []).extend(learnt)
+        known = self._known.setdefault(attempt, {})
+        for span_id, length, digest in learnt:
+            known.setdefault(length, {}).setdefault(digest, span_id)
         self._known.move_to_end(attempt)
         while len(self._known) > REMEMBERED_ATTEMPTS:
             self._known.popitem(last=False)
 
 
-def _longest_prefix(known: Sequence[tuple[str, Tokens]], prompt: Tokens) -> tuple[str | None, int]:
-    """The call whose whole token sequence is the longest prefix of `prompt`, and its length."""
+def _longest_prefix(known: _Known, prompt: Tokens) -> tuple[str | None, int]:
+    """The call whose whole token sequence is the longest prefix of `prompt`, and its length.
+
+    One pass over the prompt, whatever the number of calls.
+    """
     best: tuple[str | None, int] = (None, 0)
-    for span_id, tokens in known:
-        length = len(tokens)
-        if best[1] < length <= len(prompt) and np.array_equal(tokens, prompt[:length]):
+    read = 0
+    so_far = _hash()
+    for length in sorted(known):
+        if length > len(prompt):
+            break
+        so_far.update(prompt[read:length].tobytes())
+        read = length
+        if length and (span_id := known[length].get(so_far.digest())) is not None:
             best = (span_id, length)
     return best
+
+
+def _hash() -> "hashlib.blake2b":
+    # 128 bits that nobody can find two inputs for: equal digests are equal tokens.
+    return hashlib.blake2b(digest_size=16)
+
+
+def _digest(tokens: Tokens) -> bytes:
+    digest = _hash()
+    digest.update(tokens.tobytes())
+    return digest.digest()
 
 
 def _milliseconds(start_ns: int, end_ns: int | None) -> float | None:

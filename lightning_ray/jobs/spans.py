@@ -25,7 +25,7 @@ from rich.text import Text
 from lightning_ray.agents import load_tasks
 from lightning_ray.errors import UserError
 from lightning_ray.jobs.compose import compose_config
-from lightning_ray.spans import query, read_folder
+from lightning_ray.spans import holds_spans, query, read_folder
 from lightning_ray.tracking import write_json
 from lightning_ray.training.names import place_of
 from lightning_ray.trajectories import (
@@ -116,7 +116,7 @@ def check_spans_of(
 def spans_folder(output_dir: Path, run: str) -> Path:
     """The folder of spans that `run` names. Raises UserError when there is none."""
     for candidate in (output_dir / run / "spans", Path(run) / "spans", Path(run)):
-        if any(candidate.glob("*.arrows")):
+        if holds_spans(candidate):
             return candidate
     known = sorted(path.parent.name for path in output_dir.glob("*/spans"))
     there = f"the runs there are: {', '.join(known[-5:])}" if known else "no run is there"

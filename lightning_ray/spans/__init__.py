@@ -6,6 +6,8 @@ writes files of spans. It must not know what anybody learns from them: no algori
 
 from lightning_ray.spans.client import SpanClient, start_store
 from lightning_ray.spans.config import SpansConfig, check_spans
+from lightning_ray.spans.conversations import RequestLog, whole_requests
+from lightning_ray.spans.layout import holds_spans
 from lightning_ray.spans.query import Query, query, querying, read_folder
 from lightning_ray.spans.rows import attempt_id_of, new_span_id, span, to_batch
 from lightning_ray.spans.schema import SCHEMA_VERSION, SPAN_SCHEMA, SpanKind, SpanStatus
@@ -14,12 +16,14 @@ __all__ = [
     "SCHEMA_VERSION",
     "SPAN_SCHEMA",
     "Query",
+    "RequestLog",
     "SpanClient",
     "SpanKind",
     "SpanStatus",
     "SpansConfig",
     "attempt_id_of",
     "check_spans",
+    "holds_spans",
     "new_span_id",
     "query",
     "querying",
@@ -27,4 +31,5 @@ __all__ = [
     "span",
     "start_store",
     "to_batch",
+    "whole_requests",
 ]

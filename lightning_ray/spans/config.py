@@ -9,6 +9,8 @@ from lightning_ray.errors import UserError
 class SpansConfig:
     """How spans are kept."""
 
+    shards: int = 1
+    """Actors that the store consists of; a rollout belongs to one. Fixed when a run begins."""
     segment_bytes: int = 256 * 1024 * 1024
     """A segment this large is closed and the next one begun, bytes."""
     append_timeout_s: float = 30.0
@@ -19,6 +21,8 @@ class SpansConfig:
 
 def check_spans(config: SpansConfig) -> None:
     """Raises UserError for values that no store can run with."""
+    if not 1 <= config.shards <= 256:
+        raise UserError(f"spans.shards={config.shards}: must be between 1 and 256")
     if config.segment_bytes < 1024 * 1024:
         raise UserError(
             f"spans.segment_bytes={config.segment_bytes}: a segment holds at least 1 MiB (1048576)"

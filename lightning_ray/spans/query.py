@@ -21,7 +21,7 @@ def read_folder(folder: Path) -> pa.Table:
 
     Raises UserError when there are no segments.
     """
-    paths = sorted(folder.glob("*" + SUFFIX))
+    paths = sorted(folder.rglob("*" + SUFFIX))
     if not paths:
         raise UserError(f"no spans in {folder}; name the folder `spans` of a run")
     batches = [batch for path in paths for _, batch in read_segment(path).batches]

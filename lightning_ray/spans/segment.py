@@ -2,24 +2,33 @@
 
 Invariant: a batch whose `append` returned is on the disk (fsync) and is read back by every later
 `read_segment`, whatever happens to the process. Only the batch being written when a process died
-may be missing; it is cut off at the tail and counted, never an error.
+may be missing; it is cut off at the tail and counted, never an error. Each batch carries check
+digits: one changed byte is put right, and larger damage costs its own batch and no other; both are
+counted.
 """
 
 import errno
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
 from lightning_ray.errors import InfrastructureError
-from lightning_ray.spans.schema import SPAN_SCHEMA
+from lightning_ray.spans import checksum
+from lightning_ray.spans.schema import SPAN_SCHEMA, check_written_by, conform
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".arrows"
+
+_HEADER = SPAN_SCHEMA.serialize()
+_CONTINUATION = b"\xff\xff\xff\xff"
+"""Every IPC message begins with it, at a multiple of `_ALIGNMENT` bytes (Arrow's IPC format)."""
+_ALIGNMENT = 8
+_UNREADABLE = (pa.ArrowException, ValueError, EOFError, OSError)
+"""What Arrow raises for bytes that are no message: names that are no UTF-8 are a ValueError."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,8 @@ class SegmentWriter:
         # Unbuffered, so that nothing of a failed append is left to be written later.
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 (kept open)
         try:
-            self._write(SPAN_SCHEMA.serialize())
-            _sync_folder(path.parent)
+            self._write(memoryview(_HEADER).cast("B"))
+            sync_folder(path.parent)
         except OSError:
             self._file.close()
             path.unlink(missing_ok=True)
@@ -67,7 +76,7 @@ class SegmentWriter:
             raise OSError(errno.EBADF, "the segment is closed")
         start = self.size
         try:
-            self._write(batch.serialize())
+            self._write(*_message(batch))
         except OSError:
             self._cut(start)
             raise
@@ -77,13 +86,14 @@ class SegmentWriter:
         """Ends the stream; the segment is complete."""
         self._file.close()
 
-    def _write(self, buffer: pa.Buffer) -> None:
-        rest = memoryview(buffer)
-        while rest:
-            # A write may take less than all, on a disk that is filling up.
-            rest = rest[self._file.write(rest) :]
+    def _write(self, *parts: memoryview) -> None:
+        for part in parts:
+            rest = part
+            while rest:
+                # A write may take less than all, on a disk that is filling up.
+                rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
-        self.size += buffer.size
+        self.size += sum(len(part) for part in parts)
 
     def _cut(self, size: int) -> None:
         try:
@@ -94,7 +104,20 @@ class SegmentWriter:
             raise
 
 
-def _sync_folder(folder: Path) -> None:
+def _message(batch: pa.RecordBatch) -> tuple[memoryview, memoryview, memoryview]:
+    """The batch as an IPC message: what stands before its check digits, they, and the rest."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SPAN_SCHEMA) as writer:
+        writer.write_batch(batch, custom_metadata=checksum.PLACEHOLDER)
+        end = sink.tell()
+    # The header goes before the first batch; the file has it already.
+    message = memoryview(sink.getvalue()).cast("B")[_HEADER.size : end]
+    place, digits = checksum.seal(message)
+    return message[:place], memoryview(digits), message[place + len(digits) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,56 +129,147 @@ def _sync_folder(folder: Path) -> None:
 class SegmentScan:
     """What `read_segment` found."""
 
-    batches: list[tuple[BatchPlace, pa.RecordBatch]]
-    lost_bytes: int
+    batches: list[tuple[BatchPlace, pa.RecordBatch]] = field(default_factory=list)
+    lost_bytes: int = 0
     """Bytes of a torn last batch, left unread; 0 for a clean segment."""
+    damaged: list[tuple[int, int]] = field(default_factory=list)
+    """Byte ranges (offset, length) that could not be read, with batches behind them."""
+    mended: list[tuple[int, int]] = field(default_factory=list)
+    """Bytes that were put right in what was read (offset, value); `mend_segment` writes them."""
 
 
 def read_segment(path: Path) -> SegmentScan:
     """Reads a segment through a memory map: the batches' buffers are the file's own pages.
 
-    Raises InfrastructureError when the file does not begin with the span schema.
+    Batches of an older schema version are given in this one. Raises InfrastructureError when the
+    file does not begin with a span schema that can be read.
     """
+    scan = SegmentScan()
     size = path.stat().st_size
     if size == 0:
-        return SegmentScan([], 0)
+        return scan
     with pa.memory_map(str(path)) as source:
-        try:
-            foreign = not pa.ipc.read_schema(source).equals(SPAN_SCHEMA)
-        except (pa.ArrowInvalid, EOFError, OSError) as error:
-            log.warning("segment %s: %s", path, error)
-            foreign = True
-        if foreign and size <= SPAN_SCHEMA.serialize().size:
-            # Its writer died while creating it: there is no room for a batch in it.
-            return SegmentScan([], size)
-        if foreign:
-            raise InfrastructureError(f"{path} does not begin with this version's span schema")
+        file = memoryview(source.read_buffer(size)).cast("B")
+    header = _read_header(path, file, scan)
+    if header is None:
+        scan.lost_bytes = size
+        return scan
+    schema, offset = header
+    while offset < size:
+        batch, end = _read_message(file, offset, schema)
+        if batch is None:
+            end = _next_message(file, offset, schema)
+            batch = _mended(file, offset, end, schema, scan)
+        if batch is not None:
+            scan.batches.append((BatchPlace(path, offset, end - offset), batch))
+        elif end == size:
+            scan.lost_bytes = size - offset
+            log.warning(
+                "segment %s: %d bytes of a torn last batch are left out", path, end - offset
+            )
+        else:
+            scan.damaged.append((offset, end - offset))
+            log.error(
+                "segment %s: %d bytes from byte %d on are damaged, and the spans in them lost; the "
+                "disk should be looked at",
+                path,
+                end - offset,
+                offset,
+            )
+        offset = end
+    return scan
+
+
+def mend_segment(path: Path, mended: list[tuple[int, int]]) -> None:
+    """Writes what `read_segment` put right into the file. Raises OSError."""
+    with open(path, "r+b", buffering=0) as file:
+        for offset, value in mended:
+            os.pwrite(file.fileno(), bytes([value]), offset)
+        os.fsync(file.fileno())
+    log.warning("segment %s: %d changed bytes were put right", path, len(mended))
+
+
+def read_batches(path: Path, offsets: list[int]) -> list[pa.RecordBatch]:
+    """Batches that begin at these bytes of a segment, as `append` or `read_segment` said.
+
+    Their buffers are the file's own pages. They are not checked again. Raises OSError.
+    """
+    with pa.memory_map(str(path)) as source:
+        schema = pa.ipc.read_schema(source)
         batches = []
-        end = source.tell()
-        for place, batch in _batches(path, source, size):
-            batches.append((place, batch))
-            end = place.offset + place.length
-    if end < size:
-        log.warning("segment %s: %d bytes of a torn last batch are left out", path, size - end)
-    return SegmentScan(batches, size - end)
+        for offset in offsets:
+            source.seek(offset)
+            batches.append(conform(pa.ipc.read_record_batch(pa.ipc.read_message(source), schema)))
+        return batches
 
 
-def _batches(
-    path: Path, source: pa.NativeFile, size: int
-) -> Iterator[tuple[BatchPlace, pa.RecordBatch]]:
-    while (start := source.tell()) < size:
-        try:
+def _read_header(path: Path, file: memoryview, scan: SegmentScan) -> tuple[pa.Schema, int] | None:
+    """The schema and where the batches begin; None when the writer died while creating the file."""
+    own = bytes(_HEADER)
+    if len(file) >= len(own):
+        # A version is told from another by more than one byte: by the columns that it added.
+        wrong = [place for place, value in enumerate(own) if file[place] != value]
+        if len(wrong) <= 1:
+            scan.mended += [(place, own[place]) for place in wrong]
+            return SPAN_SCHEMA, len(own)
+    try:
+        with pa.BufferReader(file) as source:
+            schema = pa.ipc.read_schema(source)
+            check_written_by(schema, str(path))
+            return schema, source.tell()
+    except (*_UNREADABLE, InfrastructureError) as error:
+        if len(file) <= len(own):
+            return None
+        if isinstance(error, InfrastructureError):
+            raise
+        raise InfrastructureError(f"{path} does not begin with a span schema: {error}") from error
+
+
+def _read_message(
+    file: memoryview, offset: int, schema: pa.Schema
+) -> tuple[pa.RecordBatch | None, int]:
+    """The batch at `offset` and where it ends; None when there is none that is whole."""
+    try:
+        with pa.BufferReader(file[offset:]) as source:
             message = pa.ipc.read_message(source)
-            batch = pa.ipc.read_record_batch(message, SPAN_SCHEMA)
-            # A body that was cut, and the file extended with zeros, parses; its offsets are wrong.
-            batch.validate(full=True)
-        except (pa.ArrowInvalid, EOFError, OSError):
-            return
-        yield BatchPlace(path, start, source.tell() - start), batch
+            end = offset + source.tell()
+            good = checksum.verify(file[offset:end])
+            if good is False:
+                return None, offset
+            batch = pa.ipc.read_record_batch(message, schema)
+            if good is None:
+                # Version 1 had no check digits. A body that was cut, and the file extended with
+                # zeros, parses; its offsets are wrong.
+                batch.validate(full=True)
+            return conform(batch), end
+    except _UNREADABLE:
+        return None, offset
 
 
-def read_batch(place: BatchPlace) -> pa.RecordBatch:
-    """One batch, from where `append` or `read_segment` said it lies."""
-    with pa.memory_map(str(place.path)) as source:
-        source.seek(place.offset)
-        return pa.ipc.read_record_batch(pa.ipc.read_message(source), SPAN_SCHEMA)
+def _next_message(file: memoryview, offset: int, schema: pa.Schema) -> int:
+    """Where the next whole message behind `offset` begins; the file's end when there is none."""
+    raw = bytes(file[offset:])
+    found = _ALIGNMENT - 1
+    while (found := raw.find(_CONTINUATION, found + 1)) >= 0:
+        if (offset + found) % _ALIGNMENT:
+            continue
+        if _read_message(file, offset + found, schema)[0] is not None:
+            return offset + found
+    return len(file)
+
+
+def _mended(
+    file: memoryview, offset: int, end: int, schema: pa.Schema, scan: SegmentScan
+) -> pa.RecordBatch | None:
+    """The batch between two bytes with its one wrong byte put right, if that is all it needs."""
+    change = checksum.mend(file[offset:end])
+    if change is None:
+        return None
+    place, value = change
+    copy = bytearray(file[offset:end])
+    copy[place] = value
+    batch, length = _read_message(memoryview(bytes(copy)), 0, schema)
+    if batch is None or length != end - offset:
+        return None
+    scan.mended.append((offset + place, value))
+    return batch

@@ -16,13 +16,13 @@ from lightning_ray.algorithms.prompts import Exchange, Trial
 from lightning_ray.errors import UserError
 from lightning_ray.gateway import asked, system_prompt
 from lightning_ray.rollouts import RolloutRecord
-from lightning_ray.spans import SpanKind, SpanStatus
+from lightning_ray.spans import SpanKind, SpanStatus, whole_requests
 from lightning_ray.training.rolling import came_to_reward
 
 _TOLD = (SpanKind.MODEL_CALL.value, SpanKind.MESSAGE.value)
 # Nothing is said in answer to these.
 _UNANSWERED = ("/v1/embeddings", "/v1/messages/count_tokens")
-_COLUMNS = ["kind", "name", "attempt_id", "policy", "status", "attributes"]
+_COLUMNS = ["span_id", "kind", "name", "attempt_id", "policy", "status", "attributes"]
 _SHOWN = 60
 
 
@@ -97,14 +97,15 @@ def cost_usd(spans: pa.Table) -> float:
 
 def _told(spans: pa.Table, policy: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(attempt, path, attributes) of the policy's calls that tell what was said, in order."""
+    requests = whole_requests(spans)
     for row in spans.select(_COLUMNS).to_pylist():
         if row["kind"] not in _TOLD or row["policy"] != policy:
             continue
         if row["status"] != SpanStatus.OK.value or row["name"] in _UNANSWERED:
             continue
         told = json.loads(row["attributes"] or "{}")
-        if "request" in told and "reply" in told:
-            yield row["attempt_id"], row["name"], told
+        if row["span_id"] in requests and "reply" in told:
+            yield row["attempt_id"], row["name"], {**told, "request": requests[row["span_id"]]}
 
 
 def _exchange(told: Mapping[str, Any]) -> Exchange:

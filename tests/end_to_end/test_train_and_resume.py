@@ -316,7 +316,7 @@ def test_scores_of_each_held_out_task_can_be_read_from_the_spans(story):
 
 def _spans(folder: Path) -> list[dict]:
     tables = []
-    for path in sorted((folder / "spans").glob("*.arrows")):
+    for path in sorted((folder / "spans").rglob("*.arrows")):
         scan = read_segment(path)
         tables += [pa.Table.from_batches([batch]) for _, batch in scan.batches]
     return pa.concat_tables(tables).to_pylist()

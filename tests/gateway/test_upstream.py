@@ -22,7 +22,7 @@ from lightning_ray.gateway import (
 )
 from lightning_ray.policies import PolicyConfig, PromptVersion, UpstreamConfig
 from lightning_ray.rollouts import RolloutsConfig, RolloutSpec, start_queue
-from lightning_ray.spans import SpansConfig, start_store
+from lightning_ray.spans import SpansConfig, start_store, whole_requests
 
 SECRET = "sk-very-secret"
 PROMPT = PromptVersion("solver", 2, "Be brief.", "Be exact.")
@@ -66,9 +66,10 @@ class Door:
         self.queue.enqueue([spec])
         lease = ray.get(self.queue.actor.dequeue.remote(5), timeout=10)
         self.attempt = lease.attempt_id
+        self.base = f"{self.url}/a/{lease.capability}/v1"
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "?"}]
         return httpx.post(
-            f"{self.url}/a/{lease.capability}/v1/chat/completions",
+            f"{self.base}/chat/completions",
             json={"model": "solver-mini", "messages": messages, **body},
             headers={"x-test": how, "authorization": "Bearer the-agents-own"},
             timeout=30,
@@ -127,6 +128,18 @@ def test_what_an_upstream_said_and_cost_is_recorded_and_its_key_is_not(door, how
     assert told["cost_usd"] == pytest.approx(0.002)
     assert told["request"]["messages"][0]["content"] == "Be brief."
     assert SECRET not in json.dumps(span) and "the-agents-own" not in json.dumps(span)
+
+
+def test_a_conversation_is_stored_as_what_each_turn_adds(door):
+    door.ask().raise_for_status()
+    messages = json.loads(door.api.requests[-1][3])["messages"]
+    said = [{"role": "assistant", "content": "42"}, {"role": "user", "content": "Sure?"}]
+    asked = {"model": "solver-mini", "messages": messages + said}
+    httpx.post(f"{door.base}/chat/completions", json=asked, timeout=30).raise_for_status()
+    spans = door.store.get([door.attempt])
+    first, second = (json.loads(told)["request"] for told in spans["attributes"].to_pylist())
+    assert first == {"messages": messages} and second["messages"] == said
+    assert list(whole_requests(spans).values()) == [first, {"messages": messages + said}]
 
 
 def test_an_upstreams_refusal_is_passed_on_and_recorded_as_an_error(door):

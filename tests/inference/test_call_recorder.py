@@ -1,6 +1,8 @@
 import asyncio
 import json
+import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from lightning_ray.errors import InfrastructureError
 from lightning_ray.inference import recorder as recorder_module
 from lightning_ray.inference.attribution import Attribution
 from lightning_ray.inference.recorder import CallRecorder, Choice, OpenCall
-from lightning_ray.spans import SpanStatus, to_batch
+from lightning_ray.spans import SpansConfig, SpanStatus, to_batch
+from lightning_ray.spans.store import SpanStore
 from lightning_ray.trajectories.tree import Call, rebuild_trees
 
 
@@ -232,3 +235,37 @@ def test_numbers_are_stored_exactly() -> None:
     (rebuilt,) = stored.calls()
     assert rebuilt.tokens.tolist() == [2**31 - 1, 0, 49151]
     assert rebuilt.logprobs.tolist() == [logprob]
+
+
+def test_a_long_conversation_costs_no_more_a_turn_than_a_short_one(tmp_path: Path) -> None:
+    async def bytes_a_turn(turns: int) -> float:
+        store = SpanStore(str(tmp_path / str(turns)), SpansConfig())
+
+        async def append(rows: Sequence[Mapping[str, Any]]) -> None:
+            await store.append(to_batch(rows))
+
+        recorder = CallRecorder(append)
+        conversation: list[int] = []
+        for turn in range(turns):
+            prompt = [*conversation, *range(60)]
+            answer = [turn * 64 + place for place in range(64)]
+            await recorder.record(open_call(prompt, answer), SpanStatus.OK)
+            conversation = prompt + answer
+        await store.close()
+        return (await store.stats()).bytes / turns
+
+    short, long = asyncio.run(bytes_a_turn(8)), asyncio.run(bytes_a_turn(64))
+    assert 0 < long <= 1.1 * short
+
+
+def test_what_is_remembered_of_an_attempt_grows_with_its_turns_and_not_their_square() -> None:
+    def remembered(turns: int) -> int:
+        recorder = CallRecorder(Stored().append)
+        conversation: list[int] = []
+        for turn in range(turns):
+            prompt = [*conversation, *range(60)]
+            asyncio.run(recorder.record(open_call(prompt, [turn] * 64), SpanStatus.OK))
+            conversation = [*prompt, *[turn] * 64]
+        return len(pickle.dumps(recorder._known))
+
+    assert remembered(64) < 10 * remembered(8)

@@ -160,6 +160,21 @@ def test_two_conversions_at_once_end_with_one_whole_model(
     assert list(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.slow
+def test_an_empty_cache_gets_a_model_that_the_environment_can_read_and_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads the file is a dependency of nothing else: a cache that is full hides its lack."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("LIGHTNING_RAY_CACHE", str(tmp_path))
+    folder = embedded_model()
+    assert folder == tmp_path / "models" / models.EMBEDDED_FOLDER
+    check_model_folder(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 130_000_000
+    assert AutoTokenizer.from_pretrained(folder)("12 plus 30")["input_ids"]
+
+
 def test_an_embedded_model_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed; run `make setup`"):

@@ -31,7 +31,7 @@ def stored_ids(folder: Path) -> list[str]:
     """The span ids in every segment of `folder`, in the order in which they were written."""
     return [
         span_id
-        for path in sorted(folder.glob("*" + SUFFIX))
+        for path in sorted(folder.rglob("*" + SUFFIX))
         for _, found in read_segment(path).batches
         for span_id in found["span_id"].to_pylist()
     ]

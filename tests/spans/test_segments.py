@@ -3,10 +3,20 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from spans_support import batch
 
 from lightning_ray.errors import InfrastructureError
-from lightning_ray.spans.segment import BatchPlace, SegmentWriter, read_batch, read_segment
+from lightning_ray.spans import SCHEMA_VERSION, SPAN_SCHEMA
+from lightning_ray.spans.schema import VERSION_KEY
+from lightning_ray.spans.segment import (
+    BatchPlace,
+    SegmentWriter,
+    mend_segment,
+    read_batches,
+    read_segment,
+)
 
 
 def written(path: Path, count: int) -> tuple[list[pa.RecordBatch], list[BatchPlace]]:
@@ -25,7 +35,8 @@ def test_a_segment_gives_back_its_batches_and_where_they_lie(tmp_path: Path) -> 
     assert scan.lost_bytes == 0
     assert [place for place, _ in scan.batches] == places
     assert all(found.equals(one) for (_, found), one in zip(scan.batches, batches, strict=True))
-    assert all(read_batch(place).equals(one) for place, one in zip(places, batches, strict=True))
+    again = read_batches(path, [place.offset for place in places])
+    assert all(found.equals(one) for found, one in zip(again, batches, strict=True))
 
 
 def test_a_segment_is_an_arrow_stream_that_any_reader_opens(tmp_path: Path) -> None:
@@ -70,24 +81,75 @@ def test_zeros_behind_the_last_batch_are_no_batch(tmp_path: Path) -> None:
     assert scan.lost_bytes == 4096
 
 
-def test_a_damaged_byte_costs_nothing_that_lies_before_it(tmp_path: Path) -> None:
+def test_any_changed_byte_is_put_right(tmp_path: Path) -> None:
     path = tmp_path / "1.arrows"
-    writer = SegmentWriter(path)
-    first = batch("a")
-    writer.append(first)
-    damaged = writer.append(batch("b", "c"))
-    writer.append(batch("d"))
-    content = bytearray(path.read_bytes())
-    for offset in range(damaged.offset, damaged.offset + damaged.length):
-        content[offset] ^= 0x81
-        path.write_bytes(content)
-        content[offset] ^= 0x81
+    batches, _ = written(path, 3)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x81]) + content[place + 1 :])
         scan = read_segment(path)
-        assert scan.batches[0][1].equals(first)
-        for _, found in scan.batches[1:]:
-            # What is handed on can be read without leaving its buffers.
-            found.validate(full=True)
-            found.to_pylist()
+        assert [found for _, found in scan.batches] == batches
+        assert (scan.damaged, scan.lost_bytes) == ([], 0)
+        if scan.mended:
+            # Nothing is to mend where only the check digits were hit.
+            assert scan.mended == [(place, content[place])]
+            mend_segment(path, scan.mended)
+            assert path.read_bytes() == content
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_greater_damage_costs_its_own_batch_and_no_other(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("segment") / "1.arrows"
+    batches, places = written(path, 4)
+    hit = data.draw(st.integers(0, 3), "batch")
+    place = places[hit]
+    at = st.integers(place.offset, place.offset + place.length - 1)
+    content = bytearray(path.read_bytes())
+    for offset in data.draw(st.lists(at, min_size=2, max_size=8, unique=True), "bytes"):
+        content[offset] ^= data.draw(st.integers(1, 255), "change")
+    path.write_bytes(content)
+    scan = read_segment(path)
+    found = [batch for _, batch in scan.batches]
+    whole = batches[:hit] + batches[hit + 1 :]
+    if found == batches:
+        return  # Only one of the two sums of its check digits was hit.
+    assert found == whole
+    lost = scan.lost_bytes if hit == 3 else sum(length for _, length in scan.damaged)
+    assert lost == place.length and not scan.mended
+
+
+def test_a_segment_of_schema_version_1_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "1.arrows"
+    added = {"step", "source", "model", "tool", "input_tokens", "output_tokens", "cost_usd"}
+    fields = [field for field in SPAN_SCHEMA if field.name not in added]
+    schema = pa.schema(fields, metadata={VERSION_KEY: "1"})
+    old = batch("a", "b").select(schema.names).replace_schema_metadata(schema.metadata)
+    # As version 1 wrote it: without check digits.
+    path.write_bytes(b"".join((schema.serialize().to_pybytes(), old.serialize().to_pybytes())))
+    ((place, found),) = read_segment(path).batches
+    assert found == batch_with_times_of(found, "a", "b") and found.schema == SPAN_SCHEMA
+    assert read_batches(path, [place.offset]) == [found]
+    assert SCHEMA_VERSION == 2
+
+
+def batch_with_times_of(found: pa.RecordBatch, *span_ids: str) -> pa.RecordBatch:
+    """A batch with these ids, made as long ago as `found`."""
+    made = batch(*span_ids)
+    for name in ("start_ns", "end_ns"):
+        place = SPAN_SCHEMA.get_field_index(name)
+        made = made.set_column(place, SPAN_SCHEMA.field(name), found.column(name))
+    return made
+
+
+def test_a_segment_of_a_later_schema_is_refused_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "1.arrows"
+    later = SPAN_SCHEMA.append(pa.field("mood", pa.string()))
+    path.write_bytes(later.with_metadata({VERSION_KEY: "3"}).serialize().to_pybytes())
+    with pytest.raises(InfrastructureError, match=r"span schema 3.*use a newer lightning-ray"):
+        read_segment(path)
 
 
 def test_a_file_that_is_no_segment_of_spans_is_refused(tmp_path: Path) -> None:

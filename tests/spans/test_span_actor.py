@@ -16,7 +16,8 @@ from lightning_ray.spans import SpanClient, SpansConfig, start_store
 def store(ray_cluster: None, tmp_path: Path) -> Iterator[SpanClient]:
     client = start_store(str(tmp_path / "spans"), SpansConfig())
     yield client
-    ray.kill(client._store)
+    for shard in client.shards:
+        ray.kill(shard)
 
 
 def test_a_store_whose_process_dies_comes_back_and_counts_on(
@@ -24,7 +25,7 @@ def test_a_store_whose_process_dies_comes_back_and_counts_on(
 ) -> None:
     asyncio.run(store.append([row("a"), row("b", token_ids=[5, 6])]))
     # SIGKILL is done when it returns; `ray.kill` may let the old process answer once more.
-    os.kill(ray.get(store._store.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    os.kill(ray.get(store.shards[0].process_id.remote()), signal.SIGKILL)
     asyncio.run(store.append([row("b", token_ids=[5, 6]), row("c")]))
     table = store.get(["r/1"])
     assert table["span_id"].to_pylist() == ["a", "b", "c"]
@@ -39,7 +40,7 @@ def test_a_store_whose_process_dies_comes_back_and_counts_on(
 
 def test_a_store_that_is_gone_is_a_fault_and_not_a_wait(store: SpanClient) -> None:
     asyncio.run(store.append([row("a")]))
-    ray.kill(store._store)
+    ray.kill(store.shards[0])
     for call in (
         lambda: asyncio.run(store.append([row("b")])),
         lambda: asyncio.run(store.fetch(["r/1"])),

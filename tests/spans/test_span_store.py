@@ -43,7 +43,7 @@ def test_a_span_is_stored_once_and_numbered_in_the_order_of_arrival(
     """Spans (id, attempt) are sent in batches, some again; True reopens the store after a batch."""
     folder = tmp_path_factory.mktemp("spans")
     expected: dict[str, list[str]] = defaultdict(list)
-    sent: set[str] = set()
+    sent: set[tuple[str, str]] = set()
 
     async def run() -> SpanStore:
         store = SpanStore(str(folder), SpansConfig())
@@ -54,8 +54,8 @@ def test_a_span_is_stored_once_and_numbered_in_the_order_of_arrival(
                 attempt_id = f"r/{attempt}"
                 span_id = f"{number:016x}"
                 answers.append(store.append(batch(span_id, attempt_id=attempt_id)))
-                if span_id not in sent:
-                    sent.add(span_id)
+                if (attempt_id, span_id) not in sent:
+                    sent.add((attempt_id, span_id))
                     new += 1
                     expected[attempt_id].append(span_id)
             assert sum(await asyncio.gather(*answers)) == new
@@ -68,7 +68,7 @@ def test_a_span_is_stored_once_and_numbered_in_the_order_of_arrival(
     for attempt_id, span_ids in expected.items():
         found = ids_and_numbers(store, attempt_id)
         assert found == list(zip(span_ids, range(1, len(span_ids) + 1), strict=True))
-    assert sorted(stored_ids(folder)) == sorted(sent)
+    assert sorted(stored_ids(folder)) == sorted(span_id for _, span_id in sent)
 
 
 def test_an_append_is_told_how_many_of_its_spans_were_new(tmp_path: Path) -> None:
@@ -89,11 +89,14 @@ def test_spans_come_back_by_attempt_in_order_whatever_is_asked_for(tmp_path: Pat
         for span_id, attempt in [("a", "x/1"), ("b", "x/2"), ("c", "x/1"), ("d", "y/1")]:
             await store.append(batch(span_id, attempt_id=attempt))
         assert (await store.read(["x/1"]))["span_id"].to_pylist() == ["a", "c"]
+        assert (await store.read(["x/2"]))["span_id"].to_pylist() == ["b"]
         both = await store.read(["y/1", "x/1"])
-        assert sorted(both["span_id"].to_pylist()) == ["a", "c", "d"]
+        assert both["span_id"].to_pylist() == ["d", "a", "c"]
+        whole = await store.rollouts(["y", "x"])
+        assert whole["span_id"].to_pylist() == ["d", "a", "c", "b"]
         assert (await store.read(["unknown/1"])).num_rows == 0
         assert (await store.read([])).num_rows == 0
-        assert await store.attempts("x") == ["x/1", "x/2"]
+        assert (await store.rollouts(["unknown", "y"]))["span_id"].to_pylist() == ["d"]
 
     asyncio.run(run())
 
@@ -103,6 +106,7 @@ def test_appends_that_come_together_share_one_fsync(
 ) -> None:
     async def run() -> int:
         store = SpanStore(str(tmp_path), SpansConfig())
+        await store.append(batch("first"))
         count = 0
         real = os.fsync
 
@@ -117,7 +121,7 @@ def test_appends_that_come_together_share_one_fsync(
 
     # All 200 were there before the first write began.
     assert asyncio.run(run()) == 1
-    assert len(stored_ids(tmp_path)) == 200
+    assert len(stored_ids(tmp_path)) == 201
 
 
 def test_a_full_segment_is_followed_by_the_next(tmp_path: Path) -> None:
@@ -148,8 +152,9 @@ def test_spans_that_a_full_disk_refused_may_be_sent_again(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", refuse)
             if failing == "truncate too":
-                file = store._writer._file
-                patch.setattr(store._writer, "_file", _Unwritable(file))
+                writer = store._segments._writer
+                assert writer is not None
+                patch.setattr(writer, "_file", _Unwritable(writer._file))
             answers = [store.append(batch("b")), store.append(batch("c"))]
             refused = await asyncio.gather(*answers, return_exceptions=True)
             # A caller that went away meanwhile must not keep the others waiting.
