@@ -68,7 +68,7 @@ def http_ingest(door: Door, first: int, spans: int, batch: int, clients: int, ro
             export = otlp.export_request(calls, {"service.name": "agent"})
             requests.append((lease, export.SerializeToString, "application/x-protobuf"))
         else:
-            made = under_test.batch_of([under_test.row(one, at) for one in calls])
+            made = under_test.batch_of([under_test.telemetry_row(one, at) for one in calls])
             requests.append((lease, _Arrow(made), "application/vnd.apache.arrow.stream"))
 
     async def measure() -> float:
@@ -135,7 +135,7 @@ def read(folder: Path, rollouts: int) -> tuple[float, int]:
 def _fill(store: Any, spans: int) -> None:
     async def fill() -> None:
         for piece in workload.batches(workload.calls(0, spans), workload.SPANS_PER_BATCH):
-            await under_test.append(store, under_test.batch_of(under_test.rows(piece)))
+            await store.append(under_test.batch_of(under_test.rows(piece)))
 
     asyncio.run(fill())
 

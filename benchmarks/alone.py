@@ -24,19 +24,20 @@ TOKENS = workload.PROMPT_TOKENS + workload.SAMPLED_TOKENS
 class Stream:
     """Record batches without an end, made fast: real rows once, then new ids and tokens.
 
-    A batch holds one turn of CONCURRENT_ROLLOUTS rollouts, as they would arrive; after
-    SPANS_PER_ROLLOUT batches the next rollouts begin.
+    A batch holds one turn of `size` rollouts that run side by side; after SPANS_PER_ROLLOUT batches
+    the next rollouts begin.
     """
 
-    def __init__(self) -> None:
-        rows = under_test.rows(workload.calls(0, CONCURRENT_ROLLOUTS))
+    def __init__(self, size: int = CONCURRENT_ROLLOUTS):
+        self._size = size
+        rows = under_test.rows(workload.calls(0, size))
         self._model = under_test.batch_of(rows)
         self._rng = np.random.default_rng(0)
 
-    def batches(self, spans: int, first: int = 0) -> Iterator[pa.RecordBatch]:
-        """`spans` spans from number `first`, both multiples of a batch."""
-        size = CONCURRENT_ROLLOUTS
-        for start in range(first, first + spans, size):
+    def batches(self, spans: int) -> Iterator[pa.RecordBatch]:
+        """`spans` spans, a multiple of SPANS_PER_ROLLOUT batches."""
+        size = self._size
+        for start in range(0, spans, size):
             wave, turn = divmod(start // size, workload.SPANS_PER_ROLLOUT)
             places = [under_test.place(wave * size + number) for number in range(size)]
             tokens = self._rng.integers(0, workload.VOCABULARY, size * TOKENS, np.int32)
@@ -59,7 +60,7 @@ class Stream:
 
     def _times(self, start: int, turn: int) -> pa.Array:
         begin = workload.BEGIN_NS + start * 1_000_000 + turn * 350_000_000
-        return pa.array(np.arange(CONCURRENT_ROLLOUTS, dtype=np.int64) * 1_000 + begin)
+        return pa.array(np.arange(self._size, dtype=np.int64) * 1_000 + begin)
 
 
 def _lists(values: np.ndarray, each: int) -> pa.ListArray:
@@ -103,34 +104,33 @@ def process_memory(process: psutil.Process) -> dict[str, float]:
 
 def grow(folder: Path, spans: int, lookups: int, clients: int) -> Grown:
     """Fills a store of one shard with `spans` spans, through its actor."""
-    with under_test.running_store(folder, shards=1 if under_test.knows_shards() else None) as store:
-        store.get(["nobody/1"])
-        (process,) = under_test.shard_processes()
+    with under_test.running_store(folder) as store:
+        (process,) = under_test.shard_processes(store)
         empty = process_memory(process)
         fill(store, spans, clients)
         require(store.stats().spans, spans, "spans stored")
         rng = np.random.default_rng(1)
         took = []
         for number in rng.integers(0, spans // workload.SPANS_PER_ROLLOUT, lookups):
-            at = under_test.place(int(number)).attempt_id
+            at = under_test.place(int(number)).rollout_id
             begin = time.perf_counter()
-            table = store.get([at])
+            table = store.rollout(at)
             took.append(time.perf_counter() - begin)
             require(table.num_rows, workload.SPANS_PER_ROLLOUT, f"spans of {at}")
         return Grown(process_memory(process), empty, statistics.median(took) * 1000)
 
 
-def fill(store: Any, spans: int, clients: int, first: int = 0) -> float:
-    """Appends through the client, several at a time; returns spans per second."""
+def fill(store: Any, spans: int, clients: int, size: int = CONCURRENT_ROLLOUTS) -> float:
+    """Appends batches of `size` through the client, several at a time; returns spans per second."""
 
     async def send(batch: pa.RecordBatch) -> None:
-        await under_test.append(store, batch)
+        await store.append(batch)
 
     async def measure() -> float:
         seconds = 0.0
-        stream = Stream().batches(spans, first)
+        stream = Stream(size).batches(spans)
         # A part at a time, so that they need not all be held; made outside the clock.
-        while part := list(itertools.islice(stream, 64)):
+        while part := list(itertools.islice(stream, 32)):
             seconds += await together(send, part, clients)
         return seconds
 
@@ -145,12 +145,12 @@ def lookup_ms(folder: Path, spans: int, lookups: int) -> float:
     """
 
     async def measure() -> float:
-        store = under_test.open_store(folder)
+        store = under_test.open_store(under_test.only_shard(folder))
         rng = np.random.default_rng(2)
         took = []
         for number in rng.integers(0, spans // workload.SPANS_PER_ROLLOUT, lookups + 20):
             begin = time.perf_counter()
-            table = await store.read([under_test.place(int(number)).attempt_id])
+            table = await store.rollouts([under_test.place(int(number)).rollout_id])
             took.append(time.perf_counter() - begin)
             require(table.num_rows, workload.SPANS_PER_ROLLOUT, "spans looked up")
         await store.close()
@@ -193,9 +193,13 @@ def bytes_per_turn(folder: Path, turns: int, calls: int) -> float:
 
 
 def shards(folder: Path, count: int, spans: int, clients: int) -> float:
-    """Spans per second that `count` shards take, through the client."""
+    """Spans per second that `count` shards take, through the client.
+
+    In batches large enough that a shard's part of one is still a batch: 2,000 spans, each of
+    another rollout.
+    """
     with under_test.running_store(folder, shards=count) as store:
         store.get(["nobody/1"])
-        rate = fill(store, spans, clients)
+        rate = fill(store, spans, clients, size=2_000)
         require(store.stats().spans, spans, "spans stored")
         return rate

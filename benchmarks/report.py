@@ -90,10 +90,10 @@ def table(claims: Sequence[Claim], results: Sequence[Result], skipped: Mapping[s
 
 
 def number(value: float) -> str:
-    """A number as a person reads it: three digits that count, thousands apart."""
-    if value == int(value) or abs(value) >= 100:
+    """A number as a person reads it: a few digits that count, thousands apart."""
+    if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.4g}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _target(claim: Claim) -> str:

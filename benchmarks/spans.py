@@ -270,15 +270,12 @@ def bench_turns(bench: Bench) -> None:
 
 def bench_shards(bench: Bench) -> None:
     """Ingest with four shards over one."""
-    if not under_test.knows_shards():
-        bench.skipped["shards"] = "the store has no spans.shards yet"
-        return
     bench.need_ray()
     measured: dict[int, list[float]] = {1: [], 4: []}
     for turn in range(bench.rounds):
         for count in (1, 4) if turn % 2 == 0 else (4, 1):
             with bench.folder() as folder:
-                measured[count].append(alone.shards(folder, count, spans=200_000, clients=8))
+                measured[count].append(alone.shards(folder, count, spans=192_000, clients=8))
         said = ", ".join(f"{count}: {report.number(r[-1])}" for count, r in measured.items())
         bench.say(f"shards {turn + 1}/{bench.rounds}: {said} spans/s")
     bench.facts["shards"] = {str(count): rates for count, rates in measured.items()}

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,11 @@ from lightning_ray.spans import (
     start_store,
     to_batch,
 )
+from lightning_ray.spans.layout import shard_folder
 from lightning_ray.spans.store import SpanStore
 
 RUN = "bench"
 POLICY = "policy"
-SHARD_PROCESS = "ray::SpanStore"
-"""How the process of a shard's actor is called."""
 ARROW_ROUTE = "/v1/spans"
 OTLP_ROUTE = "/v1/traces"
 
@@ -103,6 +102,29 @@ def rows(calls: Sequence[Call]) -> list[dict[str, Any]]:
     return [row(one, place(one.number // workload.SPANS_PER_ROLLOUT)) for one in calls]
 
 
+def telemetry_row(one: Call, at: Place) -> dict[str, Any]:
+    """The call as a row that an attempt may send through the door.
+
+    Token columns are the engine's alone to fill, so the tokens are among the attributes, which are
+    those of the OTLP export.
+    """
+    return span(
+        SpanKind.AGENT_STEP,
+        "openai.chat.completion",
+        run_id=RUN,
+        rollout_id=at.rollout_id,
+        attempt_id=at.attempt_id,
+        span_id=one.span_id,
+        trace_id=one.trace_id,
+        start_ns=one.start_ns,
+        end_ns=one.end_ns,
+        model=workload.SERVED_MODEL,
+        input_tokens=workload.PROMPT_TOKENS,
+        output_tokens=workload.SAMPLED_TOKENS,
+        attributes=workload.attributes(one),
+    )
+
+
 def batch_of(some: Sequence[dict[str, Any]]) -> pa.RecordBatch:
     """Rows as the record batch that the store takes."""
     return to_batch(some)
@@ -129,6 +151,11 @@ def open_store(folder: Path) -> SpanStore:
     return SpanStore(str(folder), SpansConfig())
 
 
+def only_shard(folder: Path) -> Path:
+    """The folder of the one shard of a store that `running_store` made with `shards=1`."""
+    return shard_folder(folder, 0)
+
+
 class Recorder:
     """The engine's recorder of calls, writing to a store in this process."""
 
@@ -152,45 +179,20 @@ class Recorder:
         await self._recorder.record(call, SpanStatus.OK)
 
 
-def knows_shards() -> bool:
-    """Whether the store can be split over several actors."""
-    return any(one.name == "shards" for one in fields(SpansConfig))
-
-
 @contextmanager
-def running_store(folder: Path, shards: int | None = None) -> Iterator[SpanClient]:
-    """The store as actors, as a run has it; closed at the end. None is the default of shards."""
-    config = SpansConfig()
-    if shards is not None:
-        config.shards = shards  # type: ignore[attr-defined]
-    client = start_store(str(folder), config)
+def running_store(folder: Path, shards: int = 1) -> Iterator[SpanClient]:
+    """The store as actors, as a run has it; closed at the end."""
+    client = start_store(str(folder), SpansConfig(shards=shards))
     try:
         yield client
     finally:
         client.close()
 
 
-async def append(client: SpanClient, batch: pa.RecordBatch) -> None:
-    """Stores a record batch through the client; returns once it is durable."""
-    if ROWS_ONLY:
-        await client._store.append.remote(batch)
-    else:
-        await client.append(batch)
-
-
-ROWS_ONLY = not knows_shards()
-
-
-def shard_processes() -> list[psutil.Process]:
-    """The processes of the store's actors on this machine that this process's Ray started."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.cmdline()[:1] and child.cmdline()[0].startswith(SHARD_PROCESS):
-                found.append(child)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
+def shard_processes(client: SpanClient) -> list[psutil.Process]:
+    """The processes of the store's actors, which run on this machine."""
+    asked = [shard.process_id.remote() for shard in client.shards]
+    return [psutil.Process(pid) for pid in ray.get(asked, timeout=60)]
 
 
 def start_lives(folder: Path) -> Any:

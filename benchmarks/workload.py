@@ -21,7 +21,8 @@ SPANS_PER_ROLLOUT = 8
 SPANS_PER_BATCH = 512
 """Spans of one batch: what OpenTelemetry's batch processor exports at once by default."""
 VOCABULARY = 49_152
-BEGIN_NS = 1_790_000_000_000_000_000
+BEGIN_NS = 1_750_000_000_000_000_000
+"""When the first call began, nanoseconds since the epoch."""
 SERVED_MODEL = "smollm2-135m-instruct"
 """What the server calls the model."""
 ASKED_MODEL = "gpt-4o-mini"
