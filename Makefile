@@ -1,10 +1,11 @@
 # make train   sets up and trains the default experiment: an agent that never heard of us
 # make test    sets up and runs the tests; make test-all also those that take minutes each
+# make bench-spans   measures the span store beside agentlightning 0.3.0, see docs/benchmarks.md
 # make check   format, lint, types, and the direction of imports
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: setup train test test-all check format lock clean
+.PHONY: setup train test test-all bench-spans check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -20,6 +21,9 @@ test: setup
 
 test-all: setup
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+bench-spans: setup
+	@$(VENV)/bin/python -m benchmarks.spans $(ARGS)
 
 check: setup
 	@$(VENV)/bin/ruff format --check .

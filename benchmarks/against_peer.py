@@ -1,0 +1,165 @@
+"""Our side of the claims that are held against a peer; each function is one measurement.
+
+What a measurement needs is made before its clock starts, on both sides: the peer's `Span` objects,
+our rows, record batches and OTLP messages. Turning these into bytes is inside the clock on both.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import otlp, under_test, workload
+from benchmarks.clients import require, together
+from benchmarks.under_test import OTLP_ROUTE, Door, Place
+
+
+class NotServed(Exception):
+    """The gateway has no such route; the claim is skipped."""
+
+
+def append_rows(folder: Path, first: int, spans: int, batch: int, clients: int) -> float:
+    """Spans per second into one shard in this process, on disk, from rows."""
+    made = under_test.rows(workload.calls(first, spans))
+    return _append(folder, list(workload.batches(made, batch)), spans, clients)
+
+
+def append_arrow(folder: Path, first: int, spans: int, batch: int, clients: int) -> float:
+    """As `append_rows`, from record batches."""
+    made = under_test.rows(workload.calls(first, spans))
+    pieces = [under_test.batch_of(piece) for piece in workload.batches(made, batch)]
+    return _append(folder, pieces, spans, clients)
+
+
+def _append(folder: Path, pieces: list[Any], spans: int, clients: int) -> float:
+    async def measure() -> float:
+        store = under_test.open_store(folder)
+
+        async def add(piece: Any) -> None:
+            rows_or_batch = piece
+            if not isinstance(piece, pa.RecordBatch):
+                rows_or_batch = under_test.batch_of(piece)
+            await store.append(rows_or_batch)
+
+        seconds = await together(add, pieces, clients)
+        require((await store.stats()).spans, spans, "spans stored")
+        await store.close()
+        return seconds
+
+    return spans / asyncio.run(measure())
+
+
+def http_ingest(door: Door, first: int, spans: int, batch: int, clients: int, route: str) -> float:
+    """Spans per second through the door into the store, on disk; each batch is of one attempt.
+
+    Raises NotServed when the door has no such route.
+    """
+    pieces = list(workload.batches(workload.calls(first, spans), batch))
+    leases = under_test.leases(door.queue, len(pieces))
+    before = door.store.stats().spans
+    requests = []
+    for calls, lease in zip(pieces, leases, strict=True):
+        at = Place(lease.rollout_id, lease.attempt_id)
+        if route == OTLP_ROUTE:
+            export = otlp.export_request(calls, {"service.name": "agent"})
+            requests.append((lease, export.SerializeToString, "application/x-protobuf"))
+        else:
+            made = under_test.batch_of([under_test.telemetry_row(one, at) for one in calls])
+            requests.append((lease, _Arrow(made), "application/vnd.apache.arrow.stream"))
+
+    async def measure() -> float:
+        async with aiohttp.ClientSession() as session:
+
+            async def send(request: tuple[Any, Any, str]) -> None:
+                lease, body, content_type = request
+                async with session.post(
+                    door.address(lease, route), data=body(), headers={"content-type": content_type}
+                ) as reply:
+                    if reply.status == 404:
+                        raise NotServed(f"POST {route} is not served by the gateway yet")
+                    if reply.status != 200:
+                        text = (await reply.text())[:300]
+                        raise RuntimeError(f"POST {route}: status {reply.status}: {text}")
+                    await reply.read()
+
+            try:
+                return await together(send, requests, clients)
+            except* NotServed as group:
+                raise group.exceptions[0] from None
+
+    seconds = asyncio.run(measure())
+    require(door.store.stats().spans - before, spans, "spans stored")
+    return spans / seconds
+
+
+class _Arrow:
+    """A record batch that becomes a body when called."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        self._batch = batch
+
+    def __call__(self) -> bytes:
+        return under_test.arrow_body(self._batch)
+
+
+def read(folder: Path, rollouts: int) -> tuple[float, int]:
+    """Rollouts per second of one read for training; and the bytes that it made Arrow allocate.
+
+    The store holds these rollouts and no others, as the peer's does. Timed until the table is here
+    and every token of it was looked at.
+    """
+    spans = rollouts * workload.SPANS_PER_ROLLOUT
+    places = [under_test.place(number) for number in range(rollouts)]
+    with under_test.running_store(folder) as store:
+        _fill(store, spans)
+        # The first call of a process to an actor also introduces them to each other.
+        store.get([places[0].attempt_id])
+        wanted = [one.attempt_id for one in places]
+        before = pa.total_allocated_bytes()
+        begin = time.perf_counter()
+        table = store.get(wanted)
+        tokens = sum(_tokens(chunk) for chunk in table["token_ids"].chunks)
+        seconds = time.perf_counter() - begin
+        allocated = pa.total_allocated_bytes() - before
+        require(table.num_rows, spans, "spans read")
+        each = workload.PROMPT_TOKENS + workload.SAMPLED_TOKENS
+        require(tokens, spans * each, "tokens read")
+        del table
+    return rollouts / seconds, allocated
+
+
+def _fill(store: Any, spans: int) -> None:
+    async def fill() -> None:
+        for piece in workload.batches(workload.calls(0, spans), workload.SPANS_PER_BATCH):
+            await store.append(under_test.batch_of(under_test.rows(piece)))
+
+    asyncio.run(fill())
+
+
+def _tokens(chunk: pa.ListArray) -> int:
+    """How many tokens there are, each looked at, where they lie."""
+    flat = chunk.flatten().to_numpy(zero_copy_only=True)
+    return int(np.count_nonzero(flat >= 0))
+
+
+def lifecycle(folder: Path, rollouts: int, clients: int) -> float:
+    """Rollouts per second that are queued, taken by a worker and reported, over the network."""
+    queue = under_test.start_lives(folder)
+    try:
+
+        async def live(number: int) -> None:
+            await under_test.live_once(queue, f"rollout-{number}", f"worker-{number % clients}")
+
+        async def measure() -> float:
+            await live(-1)
+            return await together(live, list(range(rollouts)), clients)
+
+        seconds = asyncio.run(measure())
+        require(under_test.succeeded(queue), rollouts + 1, "rollouts succeeded")
+    finally:
+        under_test.stop_lives(queue)
+    return rollouts / seconds

@@ -1,0 +1,361 @@
+"""`make bench-spans`: the span store and the queue against agentlightning 0.3.0, and alone.
+
+    make bench-spans
+    make bench-spans ARGS="--only append read --rounds 5"
+
+What each claim measures, and how both sides are kept comparable, is in docs/benchmarks.md. A run
+with every claim writes benchmarks/results/spans.json; timings never make it fail.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning_ray.cluster import ClusterConfig, Connection, quiet_environment
+
+quiet_environment()
+
+from benchmarks import against_peer, alone, report, under_test, workload  # noqa: E402
+from benchmarks.peer import Peer  # noqa: E402
+from benchmarks.peer_environment import FOLDER, peer_python  # noqa: E402
+from benchmarks.report import Claim, Result  # noqa: E402
+from lightning_ray.errors import LightningRayError, UserError  # noqa: E402
+
+NAME = "spans"
+PEER = "agentlightning"
+OBJECT_STORE_MIB = 1024
+ROOM_NEEDED = 4 * 10**9
+
+HTTP_INGEST = Claim("http_ingest", "spans/s", 50)
+HTTP_INGEST_ARROW = Claim("http_ingest_arrow", "spans/s", 50)
+HTTP_INGEST_SAME_ROUTE = Claim("http_ingest_same_route", "spans/s", None)
+APPEND = Claim("append", "spans/s", 4)
+APPEND_ARROW = Claim("append_arrow", "spans/s", None)
+READ = Claim("read", "rollouts/s", 50)
+READ_ALLOCATED = Claim("read_allocated_bytes", "bytes", 0, cost=True)
+LIFECYCLE = Claim("lifecycle", "rollouts/s", 10)
+LOOKUP_GROWTH = Claim("lookup_growth", "times, 1,000,000 spans over 10,000", 2, cost=True)
+MEMORY = Claim("memory_mb", "MB beyond the object store", 300, cost=True)
+BYTES_PER_TURN = Claim("bytes_per_turn", "times, 64 turns over 8", 1.1, cost=True)
+SHARDS = Claim("shards", "spans/s with 4 shards; ratio over 1", None)
+
+CLAIMS = [
+    HTTP_INGEST,
+    HTTP_INGEST_ARROW,
+    HTTP_INGEST_SAME_ROUTE,
+    APPEND,
+    APPEND_ARROW,
+    READ,
+    READ_ALLOCATED,
+    LIFECYCLE,
+    LOOKUP_GROWTH,
+    MEMORY,
+    BYTES_PER_TURN,
+    SHARDS,
+]
+
+
+class Bench:
+    """One run: the peer at hand, Ray up, and a fresh folder for every measurement."""
+
+    def __init__(self, rounds: int, work: Path, peer: Peer | None, cluster: Callable[[], None]):
+        """`cluster` starts Ray if it is not up yet."""
+        self.rounds = rounds
+        self.peer = peer
+        self.need_ray = cluster
+        self.results: list[Result] = []
+        self.skipped: dict[str, str] = {}
+        self.facts: dict[str, Any] = {}
+        self._work = work
+        self._begin = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line of progress."""
+        print(f"{time.monotonic() - self._begin:5.0f} s  {text}", flush=True)
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder of its own; removed afterwards."""
+        folder = Path(tempfile.mkdtemp(dir=self._work))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+    def alternate(
+        self,
+        name: str,
+        unit: str,
+        ours: dict[str, Callable[[Path], float]],
+        peer: dict[str, Callable[[Peer], float]],
+    ) -> dict[str, list[float]]:
+        """Measures all of them once a round, whoever was first in one round last in the next."""
+        assert self.peer is not None
+        measured: dict[str, list[float]] = {key: [] for key in (*ours, *peer)}
+        for turn in range(self.rounds):
+            order = [*ours, *peer] if turn % 2 == 0 else [*peer, *ours]
+            for key in order:
+                if key in ours:
+                    with self.folder() as folder:
+                        rate = ours[key](folder)
+                else:
+                    rate = peer[key](self.peer)
+                measured[key].append(rate)
+            said = ", ".join(f"{key} {report.number(measured[key][-1])}" for key in order)
+            self.say(f"{name} {turn + 1}/{self.rounds}: {said} {unit}")
+        self.facts[name] = measured
+        return measured
+
+
+def bench_append(bench: Bench) -> None:
+    """Durable append in process, against the peer's memory."""
+    size = {"first": 0, "spans": 16_384, "batch": workload.SPANS_PER_BATCH, "clients": 4}
+    measured = bench.alternate(
+        "append",
+        "spans/s",
+        {
+            "ours, rows": lambda folder: against_peer.append_rows(folder, **size),
+            "ours, arrow": lambda folder: against_peer.append_arrow(folder, **size),
+        },
+        {"peer": lambda peer: peer.rate("append", **size)},
+    )
+    bench.results += [
+        report.compared(APPEND, measured["ours, rows"], measured["peer"]),
+        report.compared(APPEND_ARROW, measured["ours, arrow"], measured["peer"]),
+    ]
+
+
+def bench_http(bench: Bench) -> None:
+    """Batches through the door, against the peer's HTTP client and its OTLP route."""
+    bench.need_ray()
+    batch = workload.SPANS_PER_BATCH
+    size = {"batch": batch, "clients": 4}
+    # The peer needs seconds for what takes us tenths: it gets fewer, and the rate is compared.
+    many, few = 32 * batch, 4 * batch
+    first = 0
+
+    def numbers(spans: int) -> int:
+        """Calls that were not sent before: the door stays up, and a span is stored once."""
+        nonlocal first
+        first += spans
+        return first - spans
+
+    with bench.folder() as folder, under_test.running_door(folder) as door:
+
+        def post(route: str) -> Callable[[Path], float]:
+            return lambda _: against_peer.http_ingest(
+                door, numbers(many), many, **size, route=route
+            )
+
+        served: dict[str, Callable[[Path], float]] = {}
+        routes = {"ours, otlp": under_test.OTLP_ROUTE, "ours, arrow": under_test.ARROW_ROUTE}
+        for key, route in routes.items():
+            try:
+                against_peer.http_ingest(door, numbers(batch), batch, **size, route=route)
+                served[key] = post(route)
+            except against_peer.NotServed as missing:
+                names = ["http_ingest_arrow"]
+                if route == under_test.OTLP_ROUTE:
+                    names = ["http_ingest", "http_ingest_same_route"]
+                bench.skipped |= dict.fromkeys(names, str(missing))
+                bench.say(f"skipped {', '.join(names)}: {missing}")
+        measured = bench.alternate(
+            "http_ingest",
+            "spans/s",
+            served,
+            {
+                "peer": lambda peer: peer.rate("http_ingest", first=0, spans=few, **size),
+                "peer, otlp": lambda peer: peer.rate("otlp_ingest", first=0, spans=few, **size),
+            },
+        )
+    if "ours, otlp" in served:
+        otlp = measured["ours, otlp"]
+        bench.results += [
+            report.compared(HTTP_INGEST, otlp, measured["peer"]),
+            report.compared(HTTP_INGEST_SAME_ROUTE, otlp, measured["peer, otlp"]),
+        ]
+    if "ours, arrow" in served:
+        arrow = measured["ours, arrow"]
+        bench.results.append(report.compared(HTTP_INGEST_ARROW, arrow, measured["peer"]))
+
+
+def bench_read(bench: Bench) -> None:
+    """1,000 rollouts for training, against the peer's query over HTTP."""
+    bench.need_ray()
+    allocated: list[int] = []
+
+    def ours(folder: Path) -> float:
+        rate, more = against_peer.read(folder, rollouts=1000)
+        allocated.append(more)
+        return rate
+
+    measured = bench.alternate(
+        "read",
+        "rollouts/s",
+        {"ours": ours},
+        {"peer": lambda peer: peer.rate("read", rollouts=1000, clients=16)},
+    )
+    bench.facts["read_allocated_bytes"] = allocated
+    bench.results += [
+        report.compared(READ, measured["ours"], measured["peer"]),
+        report.alone(READ_ALLOCATED, max(allocated)),
+    ]
+
+
+def bench_lifecycle(bench: Bench) -> None:
+    """Enqueue, dequeue, finish over the network, against the peer's HTTP client."""
+    bench.need_ray()
+    clients = 64
+    measured = bench.alternate(
+        "lifecycle",
+        "rollouts/s",
+        {"ours": lambda folder: against_peer.lifecycle(folder, 2000, clients)},
+        {"peer": lambda peer: peer.rate("lifecycle", rollouts=400, clients=clients)},
+    )
+    bench.results.append(report.compared(LIFECYCLE, measured["ours"], measured["peer"]))
+
+
+def bench_growth(bench: Bench) -> None:
+    """Lookups and memory at 1,000,000 spans."""
+    bench.need_ray()
+    few, many = 10_000, 1_000_000
+    with bench.folder() as small, bench.folder() as large:
+        bench.say(f"filling a store with {few:,} spans, and one with {many:,}")
+        before = alone.grow(small, few, lookups=200, clients=8)
+        after = alone.grow(large, many, lookups=200, clients=8)
+        took: dict[str, list[float]] = {"10,000 spans": [], "1,000,000 spans": []}
+        for turn in range(bench.rounds):
+            took["10,000 spans"].append(alone.lookup_ms(small, few, lookups=300))
+            took["1,000,000 spans"].append(alone.lookup_ms(large, many, lookups=300))
+            said = ", ".join(f"{key} {report.number(ms[-1])}" for key, ms in took.items())
+            bench.say(f"lookup_growth {turn + 1}/{bench.rounds}: {said} ms a lookup")
+    bench.facts["lookup_growth"] = {
+        "ms_in_process": took,
+        "ms_through_client": [before.through_client_ms, after.through_client_ms],
+    }
+    bench.facts["memory_mb"] = {
+        "no spans": after.empty,
+        "10,000 spans": before.memory,
+        "1,000,000 spans": after.memory,
+    }
+    memory = after.memory
+    bench.say(
+        f"memory_mb: {memory['own']:.0f} MB of its own and {memory['file']:.0f} MB of files; "
+        f"{after.empty['beyond_object_store']:.0f} MB in all before the first span"
+    )
+    low, high = (statistics.median(ms) for ms in took.values())
+    bench.results += [
+        report.alone(LOOKUP_GROWTH, high / low),
+        report.alone(MEMORY, memory["beyond_object_store"]),
+    ]
+
+
+def bench_turns(bench: Bench) -> None:
+    """Bytes on disk of a turn, of long rollouts over short ones."""
+    sizes = {}
+    for turns in (8, 64):
+        with bench.folder() as folder:
+            sizes[turns] = alone.bytes_per_turn(folder, turns, calls=4096)
+    bench.say(f"bytes_per_turn: {sizes[8]:.0f} bytes at 8 turns, {sizes[64]:.0f} at 64")
+    bench.facts["bytes_per_turn"] = {f"{turns} turns": size for turns, size in sizes.items()}
+    bench.results.append(report.alone(BYTES_PER_TURN, sizes[64] / sizes[8]))
+
+
+def bench_shards(bench: Bench) -> None:
+    """Ingest with four shards over one."""
+    bench.need_ray()
+    measured: dict[int, list[float]] = {1: [], 4: []}
+    for turn in range(bench.rounds):
+        for count in (1, 4) if turn % 2 == 0 else (4, 1):
+            with bench.folder() as folder:
+                measured[count].append(alone.shards(folder, count, spans=192_000, clients=8))
+        said = ", ".join(f"{count}: {report.number(r[-1])}" for count, r in measured.items())
+        bench.say(f"shards {turn + 1}/{bench.rounds}: {said} spans/s")
+    bench.facts["shards"] = {str(count): rates for count, rates in measured.items()}
+    one, four = (statistics.median(measured[count]) for count in (1, 4))
+    bench.results.append(report.alone(SHARDS, four, four / one))
+
+
+PARTS: dict[str, tuple[Callable[[Bench], None], bool]] = {
+    "append": (bench_append, True),
+    "http_ingest": (bench_http, True),
+    "read": (bench_read, True),
+    "lifecycle": (bench_lifecycle, True),
+    "bytes_per_turn": (bench_turns, False),
+    "growth": (bench_growth, False),
+    "shards": (bench_shards, False),
+}
+"""What can be measured by itself, and whether it needs the peer."""
+
+
+def run(only: Sequence[str], rounds: int) -> None:
+    """Measures, prints the table, and writes the results of a whole run."""
+    parts = [name for name in PARTS if not only or name in only]
+    work = FOLDER / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    if shutil.disk_usage(work).free < ROOM_NEEDED:
+        raise UserError(f"{work} has less than {ROOM_NEEDED // 10**9} GB free; make room there")
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        peer = None
+        if any(PARTS[name][1] for name in parts):
+            python = peer_python(PEER, lambda text: print(text, flush=True))
+            peer = stack.enter_context(Peer(python, "agentlightning_spans.py"))
+        started: list[Connection] = []
+
+        def need_ray() -> None:
+            if not started:
+                bench.say("starting Ray")
+                config = ClusterConfig(object_store_mib=OBJECT_STORE_MIB)
+                started.append(stack.enter_context(Connection(config)))
+
+        facts = report.machine(work, ["ray", "pyarrow"])
+        bench = Bench(rounds, work, peer, need_ray)
+        if peer is not None:
+            facts["packages"][PEER] = peer.version
+        for name in parts:
+            PARTS[name][0](bench)
+        facts["rounds"] = rounds
+        facts["measurements"] = bench.facts
+        facts["skipped"] = bench.skipped
+    print()
+    print(report.table(CLAIMS, bench.results, bench.skipped))
+    print(
+        f"\nmedians of {rounds} rounds, {facts['cores']} cores, {facts['filesystem']}, "
+        f"fsync {facts['fsync_ms']:g} ms"
+    )
+    if only:
+        print("no file was written: that takes a run with every claim")
+        return
+    order = [claim.name for claim in CLAIMS]
+    bench.results.sort(key=lambda one: order.index(one.claim))
+    for path in report.write(NAME, bench.results, facts):
+        print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="make bench-spans", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=[], metavar="PART")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds: at least 1")
+    try:
+        run(arguments.only, arguments.rounds)
+    except LightningRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
