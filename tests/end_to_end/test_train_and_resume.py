@@ -15,14 +15,13 @@ from pathlib import Path
 from statistics import fmean
 
 import psutil
-import pyarrow as pa
 import pytest
 from mlflow import MlflowClient
 
 from lightning_ray.agents import load_tasks
 from lightning_ray.evaluation import heldout_scores
 from lightning_ray.policies import PolicyRegistry
-from lightning_ray.spans.segment import read_segment
+from lightning_ray.spans import read_folder
 from lightning_ray.tracking import read_summary
 from lightning_ray.training.order import TaskOrder
 
@@ -315,8 +314,4 @@ def test_scores_of_each_held_out_task_can_be_read_from_the_spans(story):
 
 
 def _spans(folder: Path) -> list[dict]:
-    tables = []
-    for path in sorted((folder / "spans").rglob("*.arrows")):
-        scan = read_segment(path)
-        tables += [pa.Table.from_batches([batch]) for _, batch in scan.batches]
-    return pa.concat_tables(tables).to_pylist()
+    return read_folder(folder / "spans").to_pylist()
