@@ -167,20 +167,47 @@ def _attribute_checks(attributes: pa.Array, limits: TelemetryLimits) -> Iterator
     yield f"attributes have more than {limits.max_span_bytes} bytes", small
     if attributes.null_count == len(attributes):
         return
-    flat = pc.less_equal(depths(attributes), limits.max_depth + 1)
+    flat = _shallow(attributes, limits.max_depth + 1)
     yield f"attributes are nested deeper than {limits.max_depth} levels", _mask(flat)
     # What is deep or large was refused above; here it only must not be read.
     looked_at = pc.if_else(pc.and_(flat, pa.array(small)), attributes, None)
-    found = query(
-        pa.table({"a": looked_at}),
-        "SELECT coalesce(json_valid(a), true) AS valid, CASE WHEN json_valid(a) THEN "
-        "json_type(a) = 'OBJECT' AND NOT json_exists(a, '$.cost_usd') END AS good FROM spans",
-    )
-    yield "attributes are no JSON", _mask(found["valid"])
+    valid = _valid_json(looked_at)
+    yield "attributes are no JSON", valid
+    # Valid JSON is an object where it begins as one.
+    objects = _mask(pc.fill_null(pc.match_substring_regex(looked_at, pattern=r"^\s*\{"), True))
     yield (
         "attributes are no JSON object, or have `cost_usd`, which is a column",
-        _mask(pc.fill_null(found["good"], True)),
+        objects & ~_has_cost(looked_at, valid),
     )
+
+
+def _valid_json(texts: pa.Array) -> Mask:
+    """Which texts are JSON; null is."""
+    found = query(pa.table({"a": texts}), "SELECT coalesce(json_valid(a), true) AS v FROM spans")
+    return _mask(found["v"])
+
+
+def _has_cost(texts: pa.Array, valid: Mask) -> Mask:
+    """Which texts, where they are JSON objects, have a cost of their own."""
+    # Escaped in any way it has its first letter or a backslash; few have the word.
+    suspect = _mask(pc.match_substring_regex(texts, pattern=r"cost_usd|\\u00")) & valid
+    if suspect.any():
+        some = pa.table({"a": texts.filter(pa.array(suspect))})
+        found = query(some, "SELECT json_exists(a, '$.cost_usd') AS c FROM spans")
+        suspect[np.flatnonzero(suspect)] = _mask(found["c"])
+    return suspect
+
+
+def _shallow(texts: pa.Array, limit: int) -> pa.Array:
+    """Whether lists and objects lie at most `limit` deep in one another."""
+    opened = pc.add(
+        pc.count_substring(pc.fill_null(texts, ""), "["),
+        pc.count_substring(pc.fill_null(texts, ""), "{"),
+    )
+    many = pc.greater(opened, limit)
+    # The brackets of a text are an upper bound of its depth; few have more than the limit.
+    deep = pc.greater(depths(texts.filter(many)), limit)
+    return pc.replace_with_mask(pc.invert(many), many, pc.invert(deep))
 
 
 def depths(texts: pa.Array) -> pa.Array:

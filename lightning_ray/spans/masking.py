@@ -57,7 +57,9 @@ def masked(name: str, value: Any) -> Any:
     if is_secret(name):
         return MASK
     if isinstance(value, list):
-        return [masked(name, item) for item in value]
+        # Numbers and texts in a list are called like the list.
+        nested = any(isinstance(item, list | dict) for item in value)
+        return [masked(name, item) for item in value] if nested else value
     if isinstance(value, dict):
         return {key: masked(key, item) for key, item in value.items()}
     return value

@@ -7,7 +7,6 @@ refused is counted with its reason and costs the others nothing.
 
 import base64
 import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -42,6 +42,9 @@ EARLIEST_NS = 946_684_800 * 10**9
 
 # What these names mean in `attributes` is ours to say; an attribute called so goes into `otel`.
 _RESERVED = frozenset({OTEL, COST_ATTRIBUTE})
+
+
+_ENCODER = msgspec.json.Encoder()
 
 
 class _RefusedError(Exception):
@@ -303,7 +306,12 @@ def _value(value: AnyValue, limits: TelemetryLimits, depth: int) -> Any:
                 "(gateway.telemetry.max_depth)"
             )
         if which == "array_value":
-            return [_value(item, limits, depth - 1) for item in value.array_value.values]
+            items = value.array_value.values
+            # Token ids: a number that is not there reads as 0, so these are all integers.
+            numbers = [item.int_value for item in items]
+            if all(numbers):
+                return numbers
+            return [_value(item, limits, depth - 1) for item in items]
         return {
             item.key: _value(item.value, limits, depth - 1) for item in value.kvlist_value.values
         }
@@ -328,4 +336,4 @@ def _check_text(text: str, limits: TelemetryLimits) -> None:
 
 
 def _dumped(attributes: Json) -> str:
-    return json.dumps(attributes, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(attributes).decode()
