@@ -1,0 +1,383 @@
+"""Sealed segments: closed segments as Parquet under any `pyarrow.fs` URI.
+
+Invariant: a segment is sealed when its manifest, `shard-S/SEGMENT.sealed.json` beside the segments,
+is there; it is written last, after every Parquet file is durable. A process that dies earlier
+leaves files that the next seal of the segment overwrites: their names depend on the segment alone.
+The Parquet files hold exactly the segment's rows, each file every column of SPAN_SCHEMA.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.spans.durable import sync_folder, write_durably
+from lightning_ray.spans.schema import SCHEMA_VERSION, SPAN_SCHEMA
+
+MANIFEST_SUFFIX = ".sealed.json"
+NONE = "__none__"
+"""Stands for a null policy or version in a path."""
+
+_ROW_GROUP_BYTES = 1024 * 1024
+_DICTIONARY = [
+    *("kind", "name", "run_id", "rollout_id", "attempt_id", "status", "agent", "role", "policy"),
+    *("version", "finish_reason", "step", "source", "model", "tool", "parent_span_id", "trace_id"),
+]
+_ORDER = [("rollout_id", "ascending"), ("attempt_id", "ascending"), ("sequence", "ascending")]
+_NAME_LENGTH = 180
+
+
+@dataclass
+class ArchiveConfig:
+    """Where closed segments go, and how long they stay."""
+
+    archive: str = ""
+    """Folder or `pyarrow.fs` URI for sealed segments; empty: `sealed` in the folder of spans."""
+    seal_after_s: float = 600.0
+    """A segment this old is closed and sealed even if it is small, seconds; 0: by size alone."""
+    keep_days: float = 0.0
+    """Sealed spans whose last began longer ago than this are removed, days; 0 keeps them."""
+    keep_bytes: int = 0
+    """The oldest sealed spans beyond this many bytes of Parquet are removed; 0 keeps them."""
+
+
+def check_archive_config(config: ArchiveConfig) -> None:
+    """Raises UserError for values that nothing can be sealed or kept with."""
+    for name in ("seal_after_s", "keep_days", "keep_bytes"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"spans.{name}={getattr(config, name)}: must be 0 or more")
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """One Parquet file: the rows of a segment of one run, policy and version."""
+
+    path: str
+    """Relative to the archive."""
+    run_id: str
+    policy: str | None
+    version: int | None
+    rows: int
+    bytes: int
+    rollouts: int
+    attempts: int
+    first_rollout: str
+    last_rollout: str
+    """The least and the greatest id in it, in order of code points."""
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A sealed segment, as its manifest says."""
+
+    shard: int
+    segment: int
+    archive: str
+    """URI of the archive; empty for the folder `sealed` beside the shards."""
+    schema_version: int
+    rows: int
+    bytes: int
+    first_start_ns: int
+    last_start_ns: int
+    files: tuple[SealedFile, ...]
+
+    def to_json(self) -> str:
+        """As the manifest's text."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Sealed":
+        """Raises ValueError, KeyError or TypeError when it is none."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**fields | {"files": tuple(SealedFile(**file) for file in fields["files"])})
+
+    @property
+    def manifest(self) -> str:
+        """Where its manifest is, relative to the folder of spans."""
+        return f"shard-{self.shard}/{self.segment:08d}{MANIFEST_SUFFIX}"
+
+    def write_manifest(self, folder: Path) -> Path:
+        """Commits the seal in the folder of spans. Raises OSError; there is no manifest then."""
+        path = folder / self.manifest
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, self.to_json().encode())
+        return path
+
+
+def read_manifests(folder: Path) -> list[Sealed]:
+    """The sealed segments of a folder of spans, by shard and segment.
+
+    Raises InfrastructureError when a manifest is damaged or of a newer version.
+    """
+    found = []
+    for path in folder.glob("shard-*/*" + MANIFEST_SUFFIX):
+        try:
+            sealed = Sealed.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InfrastructureError(f"{path} is no manifest of a sealed segment") from error
+        if sealed.schema_version > SCHEMA_VERSION:
+            raise InfrastructureError(
+                f"{path} is of span schema {sealed.schema_version}; this version reads up to "
+                f"{SCHEMA_VERSION}: use a newer lightning-ray"
+            )
+        found.append(sealed)
+    return sorted(found, key=lambda sealed: (sealed.shard, sealed.segment))
+
+
+class Archive:
+    """The place of sealed segments. Keys of an S3 store come from the environment alone."""
+
+    def __init__(self, uri: str, folder: Path, filesystem: pa.fs.FileSystem | None = None):
+        """`uri` as `spans.archive` has it; `folder` is the folder of spans, for the default.
+
+        `filesystem` is used in the place of the URI's own. Raises UserError for a bad URI.
+        """
+        self.uri = uri
+        own, self._base = _resolve(uri, folder)
+        self.filesystem = filesystem or own
+        self._local = isinstance(own, pa.fs.LocalFileSystem)
+
+    def seal(self, table: pa.Table, shard: int, segment: int, label: str = "") -> Sealed:
+        """Writes a segment's rows (SPAN_SCHEMA); they are durable when it returns.
+
+        `label` goes into the files' names, for stores that share an archive and a run. Raises
+        InfrastructureError when the archive refuses.
+        """
+        name = f"shard{shard}-{segment:08d}{'-' + _quoted(label) if label else ''}.parquet"
+        try:
+            files = tuple(self._write(part, name) for part in _split(table))
+        except (OSError, pa.ArrowException) as error:
+            raise InfrastructureError(f"spans could not be sealed to {self.place}: {error}") from error
+        times = pc.min_max(table["start_ns"]).as_py()
+        return Sealed(
+            shard,
+            segment,
+            self.uri,
+            SCHEMA_VERSION,
+            table.num_rows,
+            sum(file.bytes for file in files),
+            times["min"] or 0,
+            times["max"] or 0,
+            files,
+        )
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a person."""
+        return self.uri or self._base
+
+    def delete(self, path: str) -> None:
+        """Removes a file, if it is there. Raises OSError."""
+        full = self._full(path)
+        if self.filesystem.get_file_info(full).type != pa.fs.FileType.NotFound:
+            self.filesystem.delete_file(full)
+
+    def dataset(self, files: Iterable[SealedFile]) -> ds.Dataset:
+        """The files as a dataset of SPAN_SCHEMA.
+
+        A filter on run_id, policy or version opens only the files that can have such rows.
+        """
+        return ds.FileSystemDataset(
+            [self._fragment(file) for file in files],
+            SPAN_SCHEMA,
+            ds.ParquetFileFormat(),
+            self.filesystem,
+        )
+
+    def read(
+        self,
+        files: Iterable[SealedFile],
+        *,
+        rollout_ids: Collection[str] | None = None,
+        attempt_ids: Collection[str] | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """The spans of these rollouts or attempts, ordered by attempt and sequence.
+
+        Opens the files that can hold them and reads the row groups that do. Raises
+        InfrastructureError when a file cannot be read.
+        """
+        if (rollout_ids is None) == (attempt_ids is None):
+            raise ValueError("read takes rollout_ids or attempt_ids")
+        column = "rollout_id" if attempt_ids is None else "attempt_id"
+        wanted = sorted(set(rollout_ids or attempt_ids or ()))
+        # An attempt's id need not begin with its rollout's: only rollouts say which file.
+        files = [
+            file
+            for file in files
+            if column == "attempt_id" or _meets(wanted, file.first_rollout, file.last_rollout)
+        ]
+        keep = ds.field(column).isin(pa.array(wanted, pa.string()))
+        names = list(columns or SPAN_SCHEMA.names)
+        keys = [name for name in ("attempt_id", "sequence") if name not in names]
+        parts = [pa.table([pa.array([], SPAN_SCHEMA.field(n).type) for n in names + keys], names + keys)]
+        try:
+            for file in files:
+                fragment = self._fragment(file)
+                groups = [
+                    group.id
+                    for group in fragment.row_groups
+                    if _may_hold(group.statistics, column, wanted)
+                ]
+                if groups:
+                    part = fragment.subset(row_group_ids=groups)
+                    parts.append(
+                        part.to_table(schema=SPAN_SCHEMA, columns=names + keys, filter=keep)
+                    )
+        except (OSError, pa.ArrowException) as error:
+            raise InfrastructureError(f"sealed spans in {self.place}: {error}") from error
+        table = pa.concat_tables([part.cast(_schema_of(names + keys)) for part in parts])
+        return table.sort_by([("attempt_id", "ascending"), ("sequence", "ascending")]).select(names)
+
+    def _full(self, path: str) -> str:
+        return f"{self._base}/{path}"
+
+    def _fragment(self, file: SealedFile) -> ds.ParquetFileFragment:
+        holds = ds.field("run_id") == file.run_id
+        policy, version = ds.field("policy"), ds.field("version")
+        holds &= policy.is_null() if file.policy is None else policy == file.policy
+        holds &= (
+            version.is_null()
+            if file.version is None
+            else version == pa.scalar(file.version, pa.int32())
+        )
+        return ds.ParquetFileFormat().make_fragment(
+            self._full(file.path), self.filesystem, partition_expression=holds
+        )
+
+    def _write(self, part: pa.Table, name: str) -> SealedFile:
+        first = part.slice(0, 1).to_pylist()[0]
+        run, policy, version = first["run_id"], first["policy"], first["version"]
+        path = (
+            f"run_id={_quoted(run)}/policy={_quoted(policy)}/"
+            f"version={NONE if version is None else version}/{name}"
+        )
+        full = self._full(path)
+        folder = full.rpartition("/")[0]
+        self.filesystem.create_dir(folder, recursive=True)
+        row_bytes = max(1, part.nbytes // part.num_rows)
+        target = f"{full}.tmp" if self._local else full
+        with self.filesystem.open_output_stream(target) as sink:
+            pq.write_table(
+                part,
+                sink,
+                row_group_size=min(8192, max(64, _ROW_GROUP_BYTES // row_bytes)),
+                compression="zstd",
+                use_dictionary=_DICTIONARY,
+                write_page_index=True,
+            )
+        if self._local:
+            _settle(Path(target), Path(full), Path(self._base))
+        rollouts = pc.min_max(part["rollout_id"]).as_py()
+        return SealedFile(
+            path,
+            run,
+            policy,
+            version,
+            part.num_rows,
+            self.filesystem.get_file_info(full).size,
+            pc.count_distinct(part["rollout_id"]).as_py(),
+            pc.count_distinct(part["attempt_id"]).as_py(),
+            rollouts["min"],
+            rollouts["max"],
+        )
+
+
+def check_archive(uri: str, folder: Path) -> None:
+    """Raises UserError unless a file can be written under `uri` and removed again."""
+    archive = Archive(uri, folder)
+    probe = f"{archive._base}/.writable-{os.getpid()}"
+    try:
+        archive.filesystem.create_dir(archive._base, recursive=True)
+        with archive.filesystem.open_output_stream(probe) as sink:
+            sink.write(b"spans")
+        archive.filesystem.delete_file(probe)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"spans.archive={archive.place}: cannot be written: {reason}") from error
+
+
+def _resolve(uri: str, folder: Path) -> tuple[pa.fs.FileSystem, str]:
+    if not uri:
+        return pa.fs.LocalFileSystem(), str(folder.absolute() / "sealed")
+    if "://" not in uri:
+        return pa.fs.LocalFileSystem(), str(Path(uri).absolute())
+    if "@" in urlsplit(uri).netloc or "secret" in uri.lower():
+        raise UserError(
+            "spans.archive: the URI has keys in it; give them in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
+    try:
+        filesystem, base = pa.fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise UserError(f"spans.archive={uri}: {' '.join(str(error).split())}") from error
+    return filesystem, base.rstrip("/")
+
+
+def _split(table: pa.Table) -> Iterator[pa.Table]:
+    """The rows of each run, policy and version, sorted as the files hold them."""
+    if table.num_rows == 0:
+        return
+    keys = ["run_id", "policy", "version"]
+    for key in table.select(keys).group_by(keys).aggregate([]).to_pylist():
+        mask = None
+        for name, value in key.items():
+            column = table[name]
+            same = (
+                pc.is_null(column)
+                if value is None
+                else pc.fill_null(pc.equal(column, pa.scalar(value, column.type)), False)
+            )
+            mask = same if mask is None else pc.and_(mask, same)
+        yield table.filter(mask).sort_by(_ORDER).combine_chunks()
+
+
+def _quoted(text: str | None) -> str:
+    if text is None:
+        return NONE
+    # A tilde marks a shortened name and NONE a null, so that neither is any other text's.
+    name = quote(text, safe="").replace("~", "%7E")
+    if name == NONE:
+        return name.replace("_", "%5F")
+    if len(name) > _NAME_LENGTH:
+        return f"{name[:100]}~{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    return name
+
+
+def _settle(target: Path, path: Path, base: Path) -> None:
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(target, path)
+    for folder in (path.parent, *path.parents[1:]):
+        sync_folder(folder)
+        if folder == base.parent:
+            return
+
+
+def _meets(wanted: Sequence[str], first: str, last: str) -> bool:
+    place = bisect_left(wanted, first)
+    return place < len(wanted) and wanted[place] <= last
+
+
+def _may_hold(statistics: dict[str, Any] | None, column: str, wanted: Sequence[str]) -> bool:
+    bounds = (statistics or {}).get(column)
+    return not bounds or _meets(wanted, bounds["min"], bounds["max"])
+
+
+def _schema_of(names: Sequence[str]) -> pa.Schema:
+    return pa.schema([SPAN_SCHEMA.field(name) for name in names], SPAN_SCHEMA.metadata)
