@@ -241,6 +241,19 @@ class Archive:
         table = pa.concat_tables([part.cast(_schema_of(names + keys)) for part in parts])
         return table.sort_by([("attempt_id", "ascending"), ("sequence", "ascending")]).select(names)
 
+    def rollouts(self, paths: Sequence[str]) -> pa.Array:
+        """The distinct rollout ids in these files. Raises OSError or pyarrow's ArrowException."""
+        ids = [
+            pq.read_table(
+                self._full(path),
+                columns=["rollout_id"],
+                filesystem=self.filesystem,
+                partitioning=None,
+            )["rollout_id"]
+            for path in paths
+        ]
+        return pc.unique(pa.chunked_array([c for one in ids for c in one.chunks], pa.string()))
+
     def _full(self, path: str) -> str:
         return f"{self._base}/{path}"
 

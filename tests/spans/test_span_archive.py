@@ -58,7 +58,7 @@ class Opens(pa.fs.FileSystemHandler):
 
     get_file_info_selector = create_dir = delete_dir = delete_dir_contents = _no
     delete_root_dir_contents = delete_file = move = copy_file = _no
-    open_output_stream = open_append_stream = normalize_path = _no
+    open_output_stream = open_append_stream = _no
 
     def normalize_path(self, path):
         return path
