@@ -75,7 +75,9 @@ class SealedFile:
     attempts: int
     first_rollout: str
     last_rollout: str
-    """The least and the greatest id in it, in order of code points."""
+    first_attempt: str
+    last_attempt: str
+    """The least and the greatest ids in it, in order of code points."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ class Archive:
         try:
             files = tuple(self._write(part, name) for part in _split(table))
         except (OSError, pa.ArrowException) as error:
-            raise InfrastructureError(f"spans could not be sealed to {self.place}: {error}") from error
+            raise InfrastructureError(
+                f"spans could not be sealed to {self.place}: {error}"
+            ) from error
         times = pc.min_max(table["start_ns"]).as_py()
         return Sealed(
             shard,
@@ -213,16 +217,16 @@ class Archive:
             raise ValueError("read takes rollout_ids or attempt_ids")
         column = "rollout_id" if attempt_ids is None else "attempt_id"
         wanted = sorted(set(rollout_ids or attempt_ids or ()))
-        # An attempt's id need not begin with its rollout's: only rollouts say which file.
-        files = [
-            file
-            for file in files
-            if column == "attempt_id" or _meets(wanted, file.first_rollout, file.last_rollout)
-        ]
+        if column == "attempt_id":
+            files = [one for one in files if _meets(wanted, one.first_attempt, one.last_attempt)]
+        else:
+            files = [one for one in files if _meets(wanted, one.first_rollout, one.last_rollout)]
         keep = ds.field(column).isin(pa.array(wanted, pa.string()))
         names = list(columns or SPAN_SCHEMA.names)
         keys = [name for name in ("attempt_id", "sequence") if name not in names]
-        parts = [pa.table([pa.array([], SPAN_SCHEMA.field(n).type) for n in names + keys], names + keys)]
+        parts = [
+            pa.table([pa.array([], SPAN_SCHEMA.field(n).type) for n in names + keys], names + keys)
+        ]
         try:
             for file in files:
                 fragment = self._fragment(file)
@@ -294,6 +298,7 @@ class Archive:
         if self._local:
             _settle(Path(target), Path(full), Path(self._base))
         rollouts = pc.min_max(part["rollout_id"]).as_py()
+        attempts = pc.min_max(part["attempt_id"]).as_py()
         return SealedFile(
             path,
             run,
@@ -305,6 +310,8 @@ class Archive:
             pc.count_distinct(part["attempt_id"]).as_py(),
             rollouts["min"],
             rollouts["max"],
+            attempts["min"],
+            attempts["max"],
         )
 
 

@@ -97,8 +97,8 @@ def query(
     """The answer to a SQL query in which the spans are called `spans`, and `tables` by their names.
 
     The query reads these tables alone: neither other files nor the network. Of a dataset it reads
-    the columns it names and, where it filters by run, policy or version, their files. `attributes` is JSON text,
-    for DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
+    the columns it names and, where it filters by run, policy or version, their files. `attributes`
+    is JSON text, for DuckDB's `attributes->>'key'`. Raises UserError when the query cannot be run.
     """
     with querying(spans, tables) as ask:
         return ask(sql, parameters)
@@ -106,7 +106,8 @@ def query(
 
 @contextmanager
 def querying(
-    spans: "pa.Table | ds.Dataset", tables: Mapping[str, pa.Table] | None = None) -> Iterator[Query]:
+    spans: "pa.Table | ds.Dataset", tables: Mapping[str, pa.Table] | None = None
+) -> Iterator[Query]:
     """`query` for several queries over the same spans: opening DuckDB costs more than asking it."""
     import duckdb
 

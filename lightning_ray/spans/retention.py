@@ -132,7 +132,9 @@ def remove(
     number = max((record.number for record in read_removed(folder)), default=0) + 1
     sink = pa.BufferOutputStream()
     table = pa.table({"rollout_id": ids})
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as w:
+    with pa.ipc.new_file(
+        sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as w:
         w.write_table(table)
     write_durably(place / f"{number:08d}.arrow", sink.getvalue().to_pybytes())
     record = Removed(number, now_ns, len(ids), False, removal)

@@ -8,9 +8,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning_ray.errors import UserError
+from lightning_ray.tracking.mlflow_run import experiment_id_of
+from lightning_ray.tracking.recorded import find_mlflow_run
 from lightning_ray.tracking.store import open_client, without_password
 
 _FORWARDED = "lightning_ray.spans"
@@ -19,7 +22,17 @@ _TYPES = {"model_call": "CHAT_MODEL", "tool_call": "TOOL", "agent_step": "AGENT"
 _SOURCES = {"person": "HUMAN", "service": "CODE", "grader": "CODE", "agent": "CODE"}
 _INPUTS = ("input", "inputs", "messages", "request", "prompt", "arguments")
 _OUTPUTS = ("output", "outputs", "response", "completion", "result")
-_PLAIN = ("kind", "agent", "role", "policy", "version", "model", "tool", "finish_reason", "sequence")
+_PLAIN = (
+    "kind",
+    "agent",
+    "role",
+    "policy",
+    "version",
+    "model",
+    "tool",
+    "finish_reason",
+    "sequence",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,20 @@ def trace_id_of(run_id: str, attempt_id: str) -> str:
     """The MLflow id of an attempt's trace."""
     digest = hashlib.sha256(json.dumps([run_id, attempt_id]).encode()).hexdigest()
     return f"tr-{digest[:32]}"
+
+
+def place_for_traces(uri: str, mlflow_run: str | None, name: str, root: Path) -> str:
+    """The id of the experiment of a run, or else of the experiment called `name`.
+
+    Raises UserError when the store at `uri` cannot be opened or has no such run.
+    """
+    client = open_client(uri)
+    if mlflow_run is None:
+        return experiment_id_of(client, uri, name, root)
+    run = find_mlflow_run(client, mlflow_run)
+    if run is None:
+        raise UserError(f"no MLflow run {mlflow_run} in {without_password(uri)}: set tracking.uri=")
+    return str(run.info.experiment_id)
 
 
 def forward_attempt(
@@ -97,7 +124,9 @@ def _info(
 
     start, end = _bounds(spans)
     first = spans[0]
-    metadata = {f"lightning_ray.{key}": first[key] for key in ("run_id", "rollout_id", "attempt_id")}
+    metadata = {
+        f"lightning_ray.{key}": first[key] for key in ("run_id", "rollout_id", "attempt_id")
+    }
     if run is not None:
         metadata["mlflow.sourceRun"] = run
     return TraceInfo(
@@ -148,9 +177,14 @@ def _spans(trace_id: str, spans: Sequence[Mapping[str, Any]]) -> list[Any]:
         )
 
     found = [
-        made(root, "", spans[0]["attempt_id"], (start, end), _failed(spans), {
-            "mlflow.spanType": "AGENT"
-        })
+        made(
+            root,
+            "",
+            spans[0]["attempt_id"],
+            (start, end),
+            _failed(spans),
+            {"mlflow.spanType": "AGENT"},
+        )
     ]
     for row in shown:
         parent = row["parent_span_id"]

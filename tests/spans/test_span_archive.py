@@ -1,4 +1,4 @@
-"""Sealed segments: what goes into Parquet comes out of it, and only the files asked for are read."""
+"""Sealed segments: what goes into Parquet comes out of it, and few files are read."""
 
 import json
 import os
