@@ -100,13 +100,13 @@ def remove_spans(arguments: Sequence[str]) -> None:
     """Shows or removes sealed spans. Raises UserError."""
     words, _, sure = parse(arguments, files=(), switch="--yes")
     folder, named = _words(words, ("keep_days", "keep_bytes"))
-    limits = {key: _number(key, value) for key, value in named.items()}
+    days, size = (_number(key, named.get(key)) for key in ("keep_days", "keep_bytes"))
     finish_removals(folder)
     sealed = read_manifests(folder)
     gone = gone_files(read_removed(folder))
     now = time.time_ns()
-    if limits:
-        plans = plan_removals(sealed, gone, now_ns=now, **limits)
+    if named:
+        plans = plan_removals(sealed, gone, now_ns=now, keep_days=days, keep_bytes=int(size))
     else:
         runs = sorted({file.run_id for one in sealed for file in one.files})
         plans = [
@@ -162,7 +162,9 @@ def _flat(spans: pa.Table) -> pa.Table:
     return query(spans, sql)
 
 
-def _number(key: str, value: str) -> float:
+def _number(key: str, value: str | None) -> float:
+    if value is None:
+        return 0.0
     try:
         number = float(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the subcommands of `lightning-ray spans` share: their words, and the folder that RUN names."""
+"""What the subcommands of `lightning-ray spans` share: their words, and the folder of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all, whatever happens to the process or the machine."""
+"""Small files that are there whole or not at all, whatever happens to the process."""
 
 import os
 from pathlib import Path

@@ -231,3 +231,39 @@ def test_an_s3_store(tmp_path: Path, monkeypatch):
     finally:
         server.terminate()
         server.wait(10)
+
+
+_SEALS = """
+import sys, pyarrow as pa
+from pathlib import Path
+from spans_support import row
+from lightning_ray.spans import Archive, to_batch
+folder = Path(sys.argv[1])
+for n in range(1, 100000):
+    rows = [row(f"{n}-{k}", policy="p", version=k) for k in range(3)]
+    Archive("", folder).seal(pa.Table.from_batches([to_batch(rows)]), 0, n).write_manifest(folder)
+    print(n, flush=True)
+"""
+
+
+def test_a_seal_that_is_killed_is_whole_or_not_there(tmp_path):
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        sealer = subprocess.Popen(
+            [sys.executable, "-c", _SEALS, str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        said = [int(sealer.stdout.readline()) for _ in range(3)]
+        time.sleep(0.013 * attempt)
+        sealer.kill()
+        said += [int(line) for line in sealer.stdout.read().split()]
+        sealer.wait(10)
+        sealer.stdout.close()
+        found = read_manifests(folder)
+        assert {one.segment for one in found} >= set(said)
+        for one in found:
+            ids = Archive("", folder).dataset(one.files).to_table()["span_id"].to_pylist()
+            assert sorted(ids) == [f"{one.segment}-{k}" for k in range(3)]
