@@ -6,9 +6,11 @@ spans. A reader leaves a recorded file out whether it is deleted yet or not; a d
 cut short is finished by `finish_removals`.
 """
 
+import fcntl
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,10 +120,10 @@ def remove(
     now_ns: int,
     open_archive: Callable[[str, Path], Archive] = Archive,
 ) -> Removed:
-    """Records a removal in the folder of spans, then deletes its files. One caller at a time.
+    """Records a removal in the folder of spans, then deletes its files.
 
-    Raises InfrastructureError when the files cannot be read or deleted; what was recorded stays
-    recorded, and `finish_removals` goes on with it.
+    Raises UserError while another process removes, InfrastructureError when the files cannot be
+    read or deleted; what was recorded stays recorded, and `finish_removals` goes on with it.
     """
     archive = open_archive(removal.archive, folder)
     ids = _rollouts_of(archive, removal.paths)
@@ -129,6 +131,24 @@ def remove(
     if not place.is_dir():
         place.mkdir()
         sync_folder(folder)
+    with _alone(place):
+        return _remove(folder, removal, now_ns, archive, ids)
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    with open(place / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{place}: another process removes spans here; try again") from error
+        yield
+
+
+def _remove(
+    folder: Path, removal: Removal, now_ns: int, archive: Archive, ids: pa.Array
+) -> Removed:
+    place = folder / REMOVED
     number = max((record.number for record in read_removed(folder)), default=0) + 1
     sink = pa.BufferOutputStream()
     table = pa.table({"rollout_id": ids})
