@@ -43,7 +43,7 @@ from lightning_ray.spans import (
     start_store,
     to_batch,
 )
-from lightning_ray.spans.layout import Layout
+from lightning_ray.spans.layout import shard_folder
 from lightning_ray.spans.store import SpanStore
 
 RUN = "bench"
@@ -153,7 +153,7 @@ def open_store(folder: Path) -> SpanStore:
 
 def only_shard(folder: Path) -> Path:
     """The folder of the one shard of a store that `running_store` made with `shards=1`."""
-    return Layout(folder, 1, "").folders[0]
+    return shard_folder(folder, 0)
 
 
 class Recorder:

@@ -80,6 +80,9 @@ COMMANDS = {
                 "what is wrong with a run's spans; status 3 where it must not be",
             ),
             ('sql RUN "SELECT ... FROM spans" [--csv FILE] [--parquet FILE]', "ask its spans"),
+            ('export RUN [where="SQL"] --parquet FILE | --csv FILE', "its spans as a file or URI"),
+            ('forward RUN rollout=ID,... | where="SQL"', "chosen attempts as MLflow traces"),
+            ("remove RUN [keep_days=N] [keep_bytes=N] [--yes]", "remove its sealed spans"),
         ),
     ),
     "finetune": Command(

@@ -15,7 +15,7 @@ from statistics import fmean
 import pyarrow.compute as pc
 
 from lightning_ray.evaluation.measures import Interval, paired_difference
-from lightning_ray.spans import SpanKind, holds_spans, open_folder
+from lightning_ray.spans import SpanKind, has_spans, open_dataset
 from lightning_ray.spans.rewards import by_attempt
 
 _COLUMNS = ["rollout_id", "end_ns", "attributes"]
@@ -54,11 +54,11 @@ def heldout_scores(spans: Path) -> dict[int, TaskScores]:
     Raises:
         InfrastructureError: something there cannot be read.
     """
-    if not holds_spans(spans):
+    if not has_spans(spans):
         return {}
     kinds = [SpanKind.REWARD.value, SpanKind.RESOURCE.value]
     heldout = pc.starts_with(pc.field("rollout_id"), "heldout-") & pc.field("kind").isin(kinds)
-    found = open_folder(spans).to_table(filter=heldout)
+    found = open_dataset(spans).to_table(filter=heldout)
     ends = found.filter(pc.equal(found["kind"], SpanKind.RESOURCE.value))
     return _scores(ends.select(_COLUMNS).to_pylist(), by_attempt(found))
 

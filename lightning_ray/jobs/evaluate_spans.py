@@ -21,7 +21,7 @@ from lightning_ray.evaluation import (
 )
 from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.evaluate_results import JOB, JOB_TAG, end_by_gates, leave_results
-from lightning_ray.spans import holds_spans, read_folder
+from lightning_ray.spans import has_spans, read_folder
 from lightning_ray.tracking import TrackedRun, TrackingConfig
 from lightning_ray.tracking.mlflow_run import RunStatus
 
@@ -76,9 +76,9 @@ def find_spans(root: Path, key: str, name: str) -> Path:
     Raises UserError, beginning with `key`=, when there is none.
     """
     for candidate in (root / name / "spans", Path(name) / "spans", root / name, Path(name)):
-        if holds_spans(candidate):
+        if has_spans(candidate):
             return candidate
-    known = sorted(path.parent.name for path in root.glob("*/spans") if holds_spans(path))
+    known = sorted(path.parent.name for path in root.glob("*/spans") if has_spans(path))
     there = f"the runs with spans: {', '.join(known[-5:])}" if known else "no run there has any"
     raise UserError(f"{key}={name}: no such run in {root}, and no folder with spans; {there}")
 

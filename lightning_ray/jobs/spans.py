@@ -2,6 +2,9 @@
 
     lightning-ray spans check RUN heldout=heldout.jsonl
     lightning-ray spans sql RUN "SELECT kind, count(*) FROM spans GROUP BY kind"
+    lightning-ray spans export RUN where="kind = 'reward'" --parquet rewards.parquet
+    lightning-ray spans forward RUN rollout=ID
+    lightning-ray spans remove RUN
 
 RUN is a run's id in output_dir, a run's folder, or a folder of spans. `check` makes the checks that
 a training step makes, with the run's own hygiene settings and those that are typed. It ends with
@@ -18,14 +21,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lightning_ray.agents import load_tasks
 from lightning_ray.errors import UserError
 from lightning_ray.jobs.compose import compose_config
-from lightning_ray.spans import holds_spans, query, read_folder
+from lightning_ray.jobs.spans_export import export, forward, remove_spans
+from lightning_ray.jobs.spans_words import OUTPUT_DIR, console, output_dir, parse, spans_folder
+from lightning_ray.spans import open_dataset, query, read_folder
 from lightning_ray.tracking import write_json
 from lightning_ray.training.names import place_of
 from lightning_ray.trajectories import (
@@ -53,7 +57,7 @@ SHOWN_ROWS = 200
 class SpansCheckConfig:
     """The settings of `spans check`."""
 
-    output_dir: str = "outputs"
+    output_dir: str = OUTPUT_DIR
     """Folder that holds runs."""
     heldout: str | None = None
     """JSONL file of held-out tasks; None makes no check for leakage."""
@@ -62,7 +66,13 @@ class SpansCheckConfig:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs a subcommand. Raises UserError for what the user can mend."""
-    subcommands: dict[str, Callable[[Sequence[str]], None]] = {"check": _check, "sql": _sql}
+    subcommands: dict[str, Callable[[Sequence[str]], None]] = {
+        "check": _check,
+        "sql": _sql,
+        "export": export,
+        "forward": forward,
+        "remove": remove_spans,
+    }
     name, *rest = arguments or [""]
     if name not in subcommands:
         known = " or ".join(f"`lightning-ray spans {known}`" for known in subcommands)
@@ -71,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check(arguments: Sequence[str]) -> None:
-    words, options, strict = _parse(arguments, files=("--json",), switch="--strict")
+    words, options, strict = parse(arguments, files=("--json",), switch="--strict")
     runs = [word for word in words if "=" not in word]
     if len(runs) != 1:
         raise UserError("name one run: lightning-ray spans check RUN [heldout=FILE]")
@@ -89,7 +99,7 @@ def _check(arguments: Sequence[str]) -> None:
     report, attempts = check_spans_of(spans, config.hygiene, heldout)
     _show(folder, spans, report, attempts)
     if (path := options.get("--json")) is not None:
-        write_json(path, _as_json(folder, spans, report, attempts))
+        write_json(Path(path), _as_json(folder, spans, report, attempts))
         print(f"written to {path}")
     found = [check for check, count in report.counts.items() if count]
     refused = found if strict else report.stopping()
@@ -111,19 +121,6 @@ def check_spans_of(
     # Nothing to compare: runs of early versions did not record their tasks.
     report.counts.pop(Check.LEAKAGE, None)
     return report, attempts
-
-
-def spans_folder(output_dir: Path, run: str) -> Path:
-    """The folder of spans that `run` names. Raises UserError when there is none."""
-    for candidate in (output_dir / run / "spans", Path(run) / "spans", Path(run)):
-        if holds_spans(candidate):
-            return candidate
-    known = sorted(path.parent.name for path in output_dir.glob("*/spans"))
-    there = f"the runs there are: {', '.join(known[-5:])}" if known else "no run is there"
-    raise UserError(
-        f"{run}: no run in {output_dir} and no folder of spans; {there}; another folder of runs is "
-        "output_dir=FOLDER"
-    )
 
 
 def _own_settings(folder: Path) -> list[str]:
@@ -164,7 +161,7 @@ def _show(
             first = f"{finding.subject}: {finding.reason}"
         found = f"{count} {unit(check, count)}" if count else "0"
         table.add_row(check.value, policy, found, Text(first))
-    _console().print(table)
+    console().print(table)
     left = len(report.dropped)
     print(f"{left} attempts would be left out of training" if left else "nothing to leave out")
 
@@ -187,13 +184,12 @@ def _as_json(
 
 
 def _sql(arguments: Sequence[str]) -> None:
-    words, options, _ = _parse(arguments, files=("--csv", "--parquet"))
-    roots = [word.removeprefix("output_dir=") for word in words if word.startswith("output_dir=")]
-    words = [word for word in words if not word.startswith("output_dir=")]
+    words, options, _ = parse(arguments, files=("--csv", "--parquet"))
+    root, words = output_dir(words)
     if len(words) != 2:
         raise UserError('write: lightning-ray spans sql RUN "SELECT ... FROM spans"')
-    folder = spans_folder(Path(roots[-1] if roots else SpansCheckConfig.output_dir), words[0])
-    answer = query(read_folder(folder), words[1])
+    folder = spans_folder(root, words[0])
+    answer = query(open_dataset(folder), words[1])
     try:
         if (path := options.get("--csv")) is not None:
             pyarrow.csv.write_csv(answer, path)
@@ -211,37 +207,6 @@ def _sql(arguments: Sequence[str]) -> None:
         table.add_column(Text(name), overflow="fold")
     for row in answer.slice(0, SHOWN_ROWS).to_pylist():
         table.add_row(*(Text("" if value is None else str(value)) for value in row.values()))
-    _console().print(table)
+    console().print(table)
     if answer.num_rows > SHOWN_ROWS:
         print(f"... {answer.num_rows - SHOWN_ROWS} more rows; --csv or --parquet FILE writes all")
-
-
-def _parse(
-    arguments: Sequence[str], files: Sequence[str], switch: str | None = None
-) -> tuple[list[str], dict[str, Path], bool]:
-    """Words, options that take a file, and whether the switch was typed. Raises UserError."""
-    words: list[str] = []
-    options: dict[str, Path] = {}
-    switched = False
-    rest = iter(arguments)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if word == switch:
-            switched = True
-        elif name in files:  # --json FILE or --json=FILE
-            file = value if equals else next(rest, "")
-            if not file or file.startswith("--") or "=" in file:
-                raise UserError(f"{name} needs a file: {name} FILE")
-            options[name] = Path(file)
-        elif word.startswith("--"):
-            known = ", ".join([f"{option} FILE" for option in files] + ([switch] if switch else []))
-            raise UserError(f"no option {word}; there are {known}")
-        else:
-            words.append(word)
-    return words, options, switched
-
-
-def _console() -> Console:
-    # Piped into a file or a pager a table is as wide as it needs to be.
-    console = Console()
-    return console if console.is_terminal else Console(width=200)

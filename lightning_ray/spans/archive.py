@@ -1,20 +1,16 @@
-"""Sealed segments: Parquet files under any URI that Arrow's file systems know, and what is in them.
+"""Sealed segments: closed segments as Parquet under any `pyarrow.fs` URI.
 
-Invariant: a segment is sealed when its manifest is there, and then every file that the manifest
-names is whole. Names follow from shard, segment and partition, so sealing again after a crash
-writes the same files over, and nothing is sealed twice.
-
-Files are partitioned by run, policy and version of policy (Hive's directory names), so that reading
-one of these touches only its own files; each is sorted by rollout, and reading a few rollouts
-touches only their row groups.
+Invariant: the Parquet files of a segment hold exactly its rows, each file every column of
+SPAN_SCHEMA. A process that dies while it seals leaves files that the next seal of the segment
+overwrites: their names depend on the segment alone. What counts is the manifest (`manifests`).
 """
 
-import json
-import logging
+import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -22,200 +18,299 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.fs
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.spans.durable import sync_folder
+from lightning_ray.spans.manifests import Sealed, SealedFile
 from lightning_ray.spans.schema import SCHEMA_VERSION, SPAN_SCHEMA
-from lightning_ray.spans.segment import sync_folder
-from lightning_ray.spans.segments import write_durably
 
-log = logging.getLogger(__name__)
-
-MANIFEST = ".sealed.json"
 NONE = "__none__"
-ROW_GROUP = 8192
-"""Rows of a row group: what reading one rollout decodes."""
+"""Stands for a null policy or version in a path."""
 
+_ROW_GROUP_BYTES = 1024 * 1024
+_DICTIONARY = [
+    *("kind", "name", "run_id", "rollout_id", "attempt_id", "status", "agent", "role", "policy"),
+    *("version", "finish_reason", "step", "source", "model", "tool", "parent_span_id", "trace_id"),
+]
 _PARTITION = ("run_id", "policy", "version")
 _ORDER = ("rollout_id", "attempt_id", "sequence")
+_NUMBER = "number"
 KEYS = (*_PARTITION, *_ORDER, "start_ns")
 """The columns that say where a row goes."""
+_FIRST_GROUP = 256
+"""Rows of a file's first row group, which tells how large rows are."""
+_NAME_LENGTH = 180
+
 
 Numbers = npt.NDArray[np.int64]
 RowsOf = Callable[[Numbers], list[pa.RecordBatch]]
 
 
-@dataclass(frozen=True)
-class SealedFile:
-    """One Parquet file: the rows of a segment that one version of one policy made in one run."""
-
-    path: str
-    """Below the archive's root."""
-    run_id: str
-    policy: str | None
-    version: int | None
-    rows: int
-    bytes: int
-
-    @property
-    def expression(self) -> pc.Expression:
-        """What holds for each of its rows."""
-        holds = pc.field("run_id") == self.run_id
-        for name, value in (("policy", self.policy), ("version", self.version)):
-            field = pc.field(name)
-            holds &= field.is_null() if value is None else field == value
-        return holds
-
-
-@dataclass(frozen=True)
-class Sealed:
-    """A segment as it lies in an archive."""
-
-    shard: int
-    segment: int
-    schema: int
-    rows: int
-    first_ns: int
-    """The earliest start of a span in it, nanoseconds since the epoch."""
-    last_ns: int
-    files: tuple[SealedFile, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its files."""
-        return sum(file.bytes for file in self.files)
-
-    def write_manifest(self, folder: Path) -> None:
-        """Says that the segment is sealed. Raises OSError."""
-        write_durably(folder / f"{self.segment:08d}{MANIFEST}", json.dumps(asdict(self)))
-
-
-def read_manifests(folder: Path) -> list[Sealed]:
-    """What is sealed of a shard's folder, by segment. Raises InfrastructureError."""
-    found = []
-    for path in sorted(folder.glob("*" + MANIFEST)):
-        try:
-            said = json.loads(path.read_text())
-            files = tuple(SealedFile(**file) for file in said.pop("files"))
-            found.append(Sealed(**said, files=files))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InfrastructureError(f"{path} cannot be read: {error}") from error
-    return found
-
-
 class Archive:
-    """A place that sealed segments are in. Can be pickled."""
+    """The place of sealed segments. Keys of an S3 store come from the environment alone."""
 
-    def __init__(self, uri: str):
-        """`uri` is a folder, or a URI such as s3://BUCKET/PATH?region=...; keys for it come from
-        the environment, as its file system reads them. Raises UserError for no such kind.
+    def __init__(self, uri: str, folder: Path, filesystem: pa.fs.FileSystem | None = None):
+        """`uri` as `spans.archive` has it; `folder` is the folder of spans, for the default.
+
+        `filesystem` is used in the place of the URI's own. Raises UserError for a bad URI.
         """
-        self._uri = uri
-        if urlsplit(uri).username is not None:
-            # It is written into the store's folder, and into what is logged.
-            raise UserError(
-                "spans.archive: the URI has a key in it; put keys into the environment (for S3 "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and leave them out of the URI"
-            )
-        try:
-            if "://" in uri:
-                self._files, self._root = fs.FileSystem.from_uri(uri)
-            else:
-                self._files, self._root = fs.LocalFileSystem(), os.path.abspath(uri)
-        except (pa.ArrowException, ValueError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"spans.archive={uri}: {reason}; write a folder or a URI such as s3://BUCKET/PATH"
-            ) from error
-        self._local = isinstance(self._files, fs.LocalFileSystem)
+        self.uri = uri
+        own, self._base = _resolve(uri, folder)
+        self.filesystem = filesystem or own
+        self._local = isinstance(own, pa.fs.LocalFileSystem)
 
     def seal(self, keys: pa.Table, rows: RowsOf, shard: int, segment: int) -> Sealed:
-        """Writes a segment's rows, a row group at a time, so that it is never in memory whole.
+        """Writes a segment's rows, a row group at a time; they are durable when it returns.
 
         Args:
             keys: The columns `KEYS` of all rows.
             rows: Gives the rows with these numbers, in that order, as batches of SPAN_SCHEMA.
 
-        Raises OSError; nothing counts then.
+        Raises InfrastructureError when the archive refuses.
         """
-        order = pc.sort_indices(keys, [(name, "ascending") for name in KEYS]).to_numpy()
-        partition = keys.select(list(_PARTITION)).take(pa.array(order)).to_pandas()
-        changes = (partition != partition.shift()) & ~(partition.isna() & partition.shift().isna())
-        starts = np.flatnonzero(changes.any(axis=1).to_numpy()).tolist() if len(order) else []
-        files = []
-        for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
-            key = {name: keys[name][int(order[start])].as_py() for name in _PARTITION}
-            name = f"shard{shard}-{segment:08d}.parquet"
-            path = "/".join([*(f"{part}={_quoted(key[part])}" for part in _PARTITION), name])
-            size = self._write(path, order[start:end], rows)
-            files.append(SealedFile(path, **key, rows=end - start, bytes=size))
+        name = f"shard{shard}-{segment:08d}.parquet"
+        try:
+            files = tuple(self._write(part, rows, name) for part in _split(keys))
+        except (OSError, pa.ArrowException) as error:
+            raise InfrastructureError(
+                f"spans could not be sealed to {self.place}: {error}"
+            ) from error
         times = pc.min_max(keys["start_ns"]).as_py()
         return Sealed(
-            shard=shard,
-            segment=segment,
-            schema=SCHEMA_VERSION,
-            rows=len(order),
-            first_ns=times["min"] or 0,
-            last_ns=times["max"] or 0,
-            files=tuple(files),
+            shard,
+            segment,
+            self.uri,
+            SCHEMA_VERSION,
+            keys.num_rows,
+            sum(file.bytes for file in files),
+            times["min"] or 0,
+            times["max"] or 0,
+            files,
         )
 
-    def dataset(self, files: Sequence[SealedFile]) -> ds.Dataset:
-        """The files as one dataset of SPAN_SCHEMA; a filter on their partition skips the others."""
-        form = ds.ParquetFileFormat()
-        fragments = [
-            form.make_fragment(f"{self._root}/{file.path}", self._files, file.expression)
-            for file in files
-        ]
-        return ds.FileSystemDataset(fragments, SPAN_SCHEMA, form, self._files)
+    @property
+    def place(self) -> str:
+        """Where it is, for a person."""
+        return self.uri or self._base
+
+    def delete(self, path: str) -> None:
+        """Removes a file, if it is there. Raises OSError."""
+        full = self._full(path)
+        if self.filesystem.get_file_info(full).type != pa.fs.FileType.NotFound:
+            self.filesystem.delete_file(full)
+
+    def dataset(self, files: Iterable[SealedFile]) -> ds.Dataset:
+        """The files as a dataset of SPAN_SCHEMA.
+
+        A filter on run_id, policy or version opens only the files that can have such rows.
+        """
+        return ds.FileSystemDataset(
+            [self._fragment(file) for file in files],
+            SPAN_SCHEMA,
+            ds.ParquetFileFormat(),
+            self.filesystem,
+        )
 
     def read(
         self,
-        files: Sequence[SealedFile],
-        where: pc.Expression | None = None,
+        files: Iterable[SealedFile],
+        *,
+        rollout_ids: Collection[str] | None = None,
+        attempt_ids: Collection[str] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
-        """The rows for which the expression holds. Raises InfrastructureError when one is gone."""
-        named = None if columns is None else list(columns)
+        """The spans of these rollouts or attempts, ordered by attempt and sequence.
+
+        Opens the files that can hold them and reads the row groups that do. Raises
+        InfrastructureError when a file cannot be read.
+        """
+        if (rollout_ids is None) == (attempt_ids is None):
+            raise ValueError("read takes rollout_ids or attempt_ids")
+        column = "rollout_id" if attempt_ids is None else "attempt_id"
+        wanted = sorted(set(rollout_ids or attempt_ids or ()))
+        if column == "attempt_id":
+            files = [one for one in files if _meets(wanted, one.first_attempt, one.last_attempt)]
+        else:
+            files = [one for one in files if _meets(wanted, one.first_rollout, one.last_rollout)]
+        keep = ds.field(column).isin(pa.array(wanted, pa.string()))
+        names = list(columns or SPAN_SCHEMA.names)
+        keys = [name for name in ("attempt_id", "sequence") if name not in names]
+        parts = [
+            pa.table([pa.array([], SPAN_SCHEMA.field(n).type) for n in names + keys], names + keys)
+        ]
         try:
-            return self.dataset(files).to_table(columns=named, filter=where)
-        except OSError as error:
-            raise InfrastructureError(
-                f"sealed spans in {self._uri} cannot be read: {error}"
-            ) from error
+            for file in files:
+                fragment = self._fragment(file)
+                groups = [
+                    group.id
+                    for group in fragment.row_groups
+                    if _may_hold(group.statistics, column, wanted)
+                ]
+                if groups:
+                    part = fragment.subset(row_group_ids=groups)
+                    parts.append(
+                        part.to_table(schema=SPAN_SCHEMA, columns=names + keys, filter=keep)
+                    )
+        except (OSError, pa.ArrowException) as error:
+            raise InfrastructureError(f"sealed spans in {self.place}: {error}") from error
+        table = pa.concat_tables([part.cast(_schema_of(names + keys)) for part in parts])
+        return table.sort_by([("attempt_id", "ascending"), ("sequence", "ascending")]).select(names)
 
-    def delete(self, files: Sequence[SealedFile]) -> None:
-        """Deletes files; those that are gone already are no error. Raises OSError."""
-        for file in files:
-            try:
-                self._files.delete_file(f"{self._root}/{file.path}")
-            except FileNotFoundError:
-                log.info("%s was deleted before", file.path)
+    def rollouts(self, paths: Sequence[str]) -> pa.Array:
+        """The distinct rollout ids in these files. Raises OSError or pyarrow's ArrowException."""
+        ids = [
+            pq.read_table(
+                self._full(path),
+                columns=["rollout_id"],
+                filesystem=self.filesystem,
+                partitioning=None,
+            )["rollout_id"]
+            for path in paths
+        ]
+        return pc.unique(pa.chunked_array([c for one in ids for c in one.chunks], pa.string()))
 
-    def _write(self, path: str, numbers: Numbers, rows: RowsOf) -> int:
-        whole = f"{self._root}/{path}"
-        # An object store shows an object when it is whole; a folder needs another name until then.
-        temporary = f"{whole}.tmp" if self._local else whole
-        self._files.create_dir(whole.rpartition("/")[0], recursive=True)
+    def _full(self, path: str) -> str:
+        return f"{self._base}/{path}"
+
+    def _fragment(self, file: SealedFile) -> ds.ParquetFileFragment:
+        holds = ds.field("run_id") == file.run_id
+        policy, version = ds.field("policy"), ds.field("version")
+        holds &= policy.is_null() if file.policy is None else policy == file.policy
+        holds &= (
+            version.is_null()
+            if file.version is None
+            else version == pa.scalar(file.version, pa.int32())
+        )
+        return ds.ParquetFileFormat().make_fragment(
+            self._full(file.path), self.filesystem, partition_expression=holds
+        )
+
+    def _write(self, part: pa.Table, rows: RowsOf, name: str) -> SealedFile:
+        """One file: the rows that `part` has the keys of, in its order."""
+        run, policy, version = (part[column][0].as_py() for column in _PARTITION)
+        path = (
+            f"run_id={_quoted(run)}/policy={_quoted(policy)}/"
+            f"version={NONE if version is None else version}/{name}"
+        )
+        full = self._full(path)
+        self.filesystem.create_dir(full.rpartition("/")[0], recursive=True)
+        target = f"{full}.tmp" if self._local else full
+        numbers = part[_NUMBER].to_numpy()
         with (
-            self._files.open_output_stream(temporary) as sink,
-            pq.ParquetWriter(sink, SPAN_SCHEMA, compression="zstd") as writer,
+            self.filesystem.open_output_stream(target) as sink,
+            pq.ParquetWriter(
+                sink,
+                SPAN_SCHEMA,
+                compression="zstd",
+                use_dictionary=_DICTIONARY,
+                write_page_index=True,
+            ) as writer,
         ):
-            for start in range(0, len(numbers), ROW_GROUP):
-                batches = rows(numbers[start : start + ROW_GROUP])
-                writer.write_table(pa.Table.from_batches(batches, SPAN_SCHEMA), ROW_GROUP)
+            start, size = 0, _FIRST_GROUP
+            while start < len(numbers):
+                group = pa.Table.from_batches(rows(numbers[start : start + size]), SPAN_SCHEMA)
+                writer.write_table(group, size)
+                start += size
+                size = min(8192, max(64, _ROW_GROUP_BYTES * group.num_rows // group.nbytes))
         if self._local:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, whole)
-            sync_folder(Path(whole).parent)
-        return int(self._files.get_file_info(whole).size)
+            _settle(Path(target), Path(full), Path(self._base))
+        rollouts = pc.min_max(part["rollout_id"]).as_py()
+        attempts = pc.min_max(part["attempt_id"]).as_py()
+        return SealedFile(
+            path,
+            run,
+            policy,
+            version,
+            part.num_rows,
+            self.filesystem.get_file_info(full).size,
+            pc.count_distinct(part["rollout_id"]).as_py(),
+            pc.count_distinct(part["attempt_id"]).as_py(),
+            rollouts["min"],
+            rollouts["max"],
+            attempts["min"],
+            attempts["max"],
+        )
 
 
-def _quoted(value: str | int | None) -> str:
-    if value is None:
+def check_archive(uri: str, folder: Path) -> None:
+    """Raises UserError unless a file can be written under `uri` and removed again."""
+    archive = Archive(uri, folder)
+    probe = f"{archive._base}/.writable-{os.getpid()}"
+    try:
+        archive.filesystem.create_dir(archive._base, recursive=True)
+        with archive.filesystem.open_output_stream(probe) as sink:
+            sink.write(b"spans")
+        archive.filesystem.delete_file(probe)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"spans.archive={archive.place}: cannot be written: {reason}") from error
+
+
+def _resolve(uri: str, folder: Path) -> tuple[pa.fs.FileSystem, str]:
+    if not uri:
+        return pa.fs.LocalFileSystem(), str(folder.absolute() / "sealed")
+    if "://" not in uri:
+        return pa.fs.LocalFileSystem(), str(Path(uri).absolute())
+    if "@" in urlsplit(uri).netloc or "secret" in uri.lower():
+        raise UserError(
+            "spans.archive: the URI has keys in it; give them in the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
+    try:
+        filesystem, base = pa.fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise UserError(f"spans.archive={uri}: {' '.join(str(error).split())}") from error
+    return filesystem, base.rstrip("/")
+
+
+def _split(keys: pa.Table) -> Iterator[pa.Table]:
+    """The keys of each run, policy and version, with their rows' numbers, in a file's order."""
+    keys = keys.append_column(_NUMBER, pa.array(range(keys.num_rows), pa.int64()))
+    order = [(name, "ascending") for name in (*_PARTITION, *_ORDER)]
+    keys = keys.combine_chunks().sort_by(order)
+    counts = keys.group_by(list(_PARTITION), use_threads=False).aggregate([([], "count_all")])
+    start = 0
+    for rows in counts["count_all"].to_pylist():
+        yield keys.slice(start, rows)
+        start += rows
+
+
+def _quoted(text: str | None) -> str:
+    if text is None:
         return NONE
-    quoted = quote(str(value), safe="")
-    # Nothing that has a name looks like `NONE`.
-    return f"%5F{quoted[1:]}" if quoted.startswith("_") else quoted
+    # A tilde marks a shortened name and NONE a null, so that neither is any other text's.
+    name = quote(text, safe="").replace("~", "%7E")
+    if name == NONE:
+        return name.replace("_", "%5F")
+    if len(name) > _NAME_LENGTH:
+        return f"{name[:100]}~{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    return name
+
+
+def _settle(target: Path, path: Path, base: Path) -> None:
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(target, path)
+    for folder in (path.parent, *path.parents[1:]):
+        sync_folder(folder)
+        if folder == base.parent:
+            return
+
+
+def _meets(wanted: Sequence[str], first: str, last: str) -> bool:
+    place = bisect_left(wanted, first)
+    return place < len(wanted) and wanted[place] <= last
+
+
+def _may_hold(statistics: dict[str, Any] | None, column: str, wanted: Sequence[str]) -> bool:
+    bounds = (statistics or {}).get(column)
+    return not bounds or _meets(wanted, bounds["min"], bounds["max"])
+
+
+def _schema_of(names: Sequence[str]) -> pa.Schema:
+    return pa.schema([SPAN_SCHEMA.field(name) for name in names], SPAN_SCHEMA.metadata)

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import ray
 from ray.actor import ActorHandle
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.spans.archive import check_archive
 from lightning_ray.spans.config import SpansConfig
 from lightning_ray.spans.layout import prepare_folder, shard_of
 from lightning_ray.spans.reading import in_order, rollout_of
@@ -186,6 +187,13 @@ class SpanClient:
         )
         return sum(found[1:], found[0])
 
+    def remove_run(self, run_id: str) -> int:
+        """Removes every span of a run, on record; returns how many."""
+        removed: list[int] = self._get(
+            lambda: [shard.remove_run.remote(run_id) for shard in self.shards], "did not remove"
+        )
+        return sum(removed)
+
     def close(self, timeout_s: float = 10.0) -> None:
         """Closes the shards' segments and ends the actors."""
         try:
@@ -285,13 +293,13 @@ def _join(column: str, wanted: list[str], *tables: pa.Table) -> pa.Table:
 def start_store(folder: str, config: SpansConfig) -> SpanClient:
     """Starts the store of one run on `folder`; a shard restarts by itself when its process dies.
 
-    Raises InfrastructureError when the folder cannot be used.
+    Raises InfrastructureError when the folder cannot be used, UserError when the archive cannot.
     """
     actor = ray.remote(SpanStore).options(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000
     )
-    layout = prepare_folder(Path(folder), config.shards, config.archive)
-    # One archive for all shards: its files say which shard they are of.
-    config = replace(config, archive=layout.archive_uri)
-    shards = [actor.remote(str(path), config, n) for n, path in enumerate(layout.folders)]
-    return SpanClient(shards, config)
+    shards = prepare_folder(Path(folder), config.shards)
+    if config.archive:
+        # Said now and not at the first seal, hours later.
+        check_archive(config.archive, Path(folder))
+    return SpanClient([actor.remote(folder, config, n) for n in range(shards)], config)

@@ -18,6 +18,10 @@ class SpansConfig:
     archive: str = ""
     """Where closed segments are sealed as Parquet: a folder, or a URI such as s3://BUCKET/PATH.
     Empty for the folder `sealed` beside the shards."""
+    keep_days: float = 0.0
+    """Sealed spans whose last began longer ago than this are removed, days; 0 keeps them."""
+    keep_bytes: int = 0
+    """The oldest sealed spans of a shard beyond this are removed, bytes; 0 keeps them."""
     keep_local_bytes: int = 4 * 1024 * 1024 * 1024
     """Sealed segments of a shard beyond this size are read from the archive alone, bytes."""
     append_timeout_s: float = 30.0
@@ -34,8 +38,9 @@ def check_spans(config: SpansConfig) -> None:
         raise UserError(
             f"spans.segment_bytes={config.segment_bytes}: a segment holds at least 1 MiB (1048576)"
         )
-    if config.keep_local_bytes < 0:
-        raise UserError(f"spans.keep_local_bytes={config.keep_local_bytes}: must not be below 0")
+    for name in ("keep_local_bytes", "keep_days", "keep_bytes"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"spans.{name}={getattr(config, name)}: must be 0 or more")
     for name in ("append_timeout_s", "read_timeout_s", "seal_after_s"):
         if getattr(config, name) <= 0:
             raise UserError(f"spans.{name}={getattr(config, name)}: must be above 0 seconds")

@@ -1,77 +1,48 @@
-"""How a store's folder is laid out: a folder for each shard, how many there are, and the archive.
+"""How a store's folder is laid out: a folder for each shard, and how many there are.
 
-Invariant: both are fixed when the folder is made. The number of shards decides which shard a
-rollout belongs to, and the archive holds what the shards' manifests name; a store that is opened
-again goes on with what it began with.
+Invariant: the number of shards is fixed when the folder is made, because it decides which shard a
+rollout belongs to; a store that is opened again has as many as it began with.
 """
 
 import json
 import logging
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.spans.durable import sync_folder, write_durably
 from lightning_ray.spans.schema import SCHEMA_VERSION
-from lightning_ray.spans.segment import SUFFIX, sync_folder
-from lightning_ray.spans.segments import write_durably
+from lightning_ray.spans.segment import SUFFIX
 
 log = logging.getLogger(__name__)
 
 STORE = "store.json"
-SEALED = "sealed"
-"""The archive's folder, where none is configured."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A store's folder."""
-
-    folder: Path
-    shards: int
-    archive: str
-    """As configured: empty for the folder `sealed` in it."""
-
-    @property
-    def folders(self) -> list[Path]:
-        """The shards' folders."""
-        return [self.folder / f"shard-{number}" for number in range(self.shards)]
-
-    @property
-    def archive_uri(self) -> str:
-        """Where sealed segments are."""
-        return self.archive or str(self.folder / SEALED)
-
-
-def prepare_folder(folder: Path, shards: int, archive: str) -> Layout:
-    """Makes a store's folder, or finds what it was made with; the rest is for a new one.
+def prepare_folder(folder: Path, shards: int) -> int:
+    """Makes a store's folder with so many shards, or says how many the one that is there has.
 
     Raises InfrastructureError when the disk refuses, or when the folder says something that cannot
     be read.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = read_layout(folder)
+        kept = _shards_of(folder)
         if kept is None:
-            kept = Layout(folder, shards, archive)
+            kept = shards
             flat = sorted(folder.glob("*" + SUFFIX))
             if flat:
                 # As stores of schema version 1 were laid out: one shard, in the folder itself.
-                kept = Layout(folder, 1, archive)
-                kept.folders[0].mkdir(exist_ok=True)
+                kept = 1
+                shard_folder(folder, 0).mkdir(exist_ok=True)
                 for path in flat:
-                    path.rename(kept.folders[0] / path.name)
-            said = {"shards": kept.shards, "archive": archive, "schema": SCHEMA_VERSION}
-            write_durably(folder / STORE, json.dumps(said))
-        elif (kept.shards, kept.archive) != (shards, archive):
-            log.warning(
-                "%s was made with spans.shards=%d spans.archive='%s', and keeps them",
-                folder,
-                kept.shards,
-                kept.archive,
-            )
-        for path in kept.folders:
-            path.mkdir(exist_ok=True)
+                    path.rename(shard_folder(folder, 0) / path.name)
+            said = {"shards": kept, "schema": SCHEMA_VERSION}
+            write_durably(folder / STORE, json.dumps(said).encode())
+        elif kept != shards:
+            log.warning("%s has %d shards and keeps them (spans.shards=%d)", folder, kept, shards)
+        for number in range(kept):
+            shard_folder(folder, number).mkdir(exist_ok=True)
         sync_folder(folder)
         return kept
     except OSError as error:
@@ -80,29 +51,25 @@ def prepare_folder(folder: Path, shards: int, archive: str) -> Layout:
         ) from error
 
 
-def read_layout(folder: Path) -> Layout | None:
-    """What a folder says of itself; None for one that no store of this version has made.
+def shard_folder(folder: Path, number: int) -> Path:
+    """The folder of one shard."""
+    return folder / f"shard-{number}"
 
-    Raises OSError, and InfrastructureError for what cannot be read.
-    """
+
+def _shards_of(folder: Path) -> int | None:
     path = folder / STORE
     if not path.exists():
         return None
     try:
         said = json.loads(path.read_text())
-        layout = Layout(folder, int(said["shards"]), str(said["archive"]))
-        if layout.shards < 1:
-            raise ValueError(f"{layout.shards} shards")
+        shards = int(said["shards"])
+        if shards < 1:
+            raise ValueError(f"{shards} shards")
     except (ValueError, KeyError, TypeError) as error:
         raise InfrastructureError(f"{path} cannot be read: {error}") from error
-    return layout
+    return shards
 
 
 def shard_of(rollout_id: str, shards: int) -> int:
     """The shard that a rollout belongs to, the same in every process."""
     return zlib.crc32(rollout_id.encode()) % shards
-
-
-def holds_spans(folder: Path) -> bool:
-    """Whether a folder is a store's, of whatever version."""
-    return (folder / STORE).is_file() or any(folder.glob("*" + SUFFIX))

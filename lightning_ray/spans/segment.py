@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.spans import checksum
+from lightning_ray.spans.durable import sync_folder
 from lightning_ray.spans.schema import SPAN_SCHEMA, check_written_by, conform
 
 log = logging.getLogger(__name__)
@@ -114,15 +115,6 @@ def _message(batch: pa.RecordBatch) -> tuple[memoryview, memoryview, memoryview]
     message = memoryview(sink.getvalue()).cast("B")[_HEADER.size : end]
     place, digits = checksum.seal(message)
     return message[:place], memoryview(digits), message[place + len(digits) :]
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass

@@ -7,7 +7,6 @@ acknowledged of it: a file that is shorter has been cut by somebody else, and th
 
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.spans.durable import sync_folder, write_durably
 from lightning_ray.spans.schema import SPAN_SCHEMA
 from lightning_ray.spans.segment import (
     SUFFIX,
@@ -26,7 +26,6 @@ from lightning_ray.spans.segment import (
     mend_segment,
     read_batches,
     read_segment,
-    sync_folder,
 )
 
 log = logging.getLogger(__name__)
@@ -228,18 +227,4 @@ class Segments:
 
     def _write_ledger(self, segment: Segment, size: int | None = None) -> None:
         said = {"bytes": segment.size if size is None else size, "rows": segment.rows}
-        write_durably(self._ledger_of(segment), json.dumps(said))
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a small file so that a reader finds the old one or the new one, whole.
-
-    Raises OSError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+        write_durably(self._ledger_of(segment), json.dumps(said).encode())

@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_ray.errors import InfrastructureError
-from lightning_ray.spans.archive import Archive
 from lightning_ray.spans.config import SpansConfig
 from lightning_ray.spans.index import SpanIndex, names_of
+from lightning_ray.spans.layout import shard_folder
 from lightning_ray.spans.reading import Part, ShardReader, rollout_of
+from lightning_ray.spans.retention import check_not_removed
 from lightning_ray.spans.schema import SPAN_SCHEMA
 from lightning_ray.spans.sealing import SealedSegments
 from lightning_ray.spans.segments import Segments
@@ -64,6 +65,8 @@ class StoreStats:
     """Segments that are in the archive."""
     sealed_bytes: int
     """Bytes of them there."""
+    removed: int
+    """Spans that retention has removed, or somebody; `removed/` in the folder says which."""
 
     def __add__(self, other: "StoreStats") -> "StoreStats":
         mine, others = vars(self), vars(other)
@@ -82,16 +85,14 @@ class SpanStore:
     """The state and files of one shard; run as a Ray actor (`spans.client.start_store`)."""
 
     def __init__(self, folder: str, config: SpansConfig, shard: int = 0):
-        """Opens `folder` (made if it is missing) and indexes the segments in it.
+        """Opens a shard in a folder of spans (made if it is missing) and indexes its segments.
 
-        `config.archive` names the archive. Raises InfrastructureError when something there cannot
-        be read.
+        Raises InfrastructureError when something there cannot be read.
         """
-        self._folder = Path(folder)
+        self._folder = shard_folder(Path(folder), shard)
         self._config = config
         self._segments = Segments(self._folder, config.segment_bytes)
-        archive = Archive(config.archive or str(self._folder / "sealed"))
-        self._sealed = SealedSegments(self._folder, shard, self._segments, archive)
+        self._sealed = SealedSegments(Path(folder), shard, self._segments, config)
         self._reader = ShardReader(self._segments, self._sealed)
         self._index = SpanIndex()
         self._last: OrderedDict[str, int] = OrderedDict()
@@ -138,16 +139,19 @@ class SpanStore:
         """The spans of these attempts, in the order asked, each attempt's by `sequence`.
 
         Called through Ray, the table goes to the object store and the caller may pass its
-        reference on without fetching it.
+        reference on without fetching it. Raises SpansRemoved for what was removed.
         """
         rollouts = [rollout_of(attempt) for attempt in attempt_ids]
-        places = self._places(rollouts)
-        return await asyncio.to_thread(self._reader.gather, places, "attempt_id", attempt_ids)
+        return await self._read(rollouts, "attempt_id", attempt_ids)
 
     async def rollouts(self, rollout_ids: Sequence[str]) -> pa.Table:
         """The spans of every attempt of these rollouts, in the order asked, by attempt."""
-        places = self._places(rollout_ids)
-        return await asyncio.to_thread(self._reader.gather, places, "rollout_id", rollout_ids)
+        return await self._read(rollout_ids, "rollout_id", rollout_ids)
+
+    async def _read(self, rollouts: Sequence[str], column: str, wanted: Sequence[str]) -> pa.Table:
+        if self._sealed.gone:
+            await asyncio.to_thread(check_not_removed, self._folder.parent, rollouts)
+        return await asyncio.to_thread(self._reader.gather, self._places(rollouts), column, wanted)
 
     async def parts(self) -> list[Part]:
         """What `scan` can be asked for: segments, each in pieces (number, first row)."""
@@ -202,6 +206,7 @@ class SpanStore:
             mended_bytes=damage.mended_bytes,
             sealed=len(self._sealed.known),
             sealed_bytes=sum(sealed.bytes for sealed in self._sealed.known.values()),
+            removed=self._sealed.removed,
         )
 
     async def process_id(self) -> int:
@@ -227,7 +232,7 @@ class SpanStore:
             async with self._writing:
                 await asyncio.to_thread(self._segments.close)
             try:
-                return await asyncio.to_thread(self._seal_closed)
+                return await asyncio.to_thread(self._tend)
             except OSError as error:
                 raise InfrastructureError(f"spans could not be sealed: {error}") from error
 
@@ -238,8 +243,8 @@ class SpanStore:
             try:
                 async with self._tending:
                     await self._close_if_old(time.monotonic())
-                    await asyncio.to_thread(self._seal_closed)
-            except OSError as error:
+                    await asyncio.to_thread(self._tend)
+            except (OSError, InfrastructureError) as error:
                 # Nothing is lost: the segments stay as they are until it is possible.
                 log.warning("spans in %s could not be sealed: %s", self._folder, error)
 
@@ -251,11 +256,22 @@ class SpanStore:
             async with self._writing:
                 await asyncio.to_thread(self._segments.close)
 
-    def _seal_closed(self) -> int:
+    async def remove_run(self, run_id: str) -> int:
+        """Removes a run's spans, on record; how many. Raises InfrastructureError."""
+        await self.seal()
+        async with self._tending:
+            try:
+                return await asyncio.to_thread(self._sealed.retain, time.time_ns(), run_id)
+            except OSError as error:
+                raise InfrastructureError(f"spans could not be removed: {error}") from error
+
+    def _tend(self) -> int:
+        """Seals what is closed, gives up and removes the rest; how many segments were sealed."""
         waiting = self._sealed.waiting()
         for number in waiting:
             self._sealed.seal(number)
-        self._sealed.give_up(self._config.keep_local_bytes)
+        self._sealed.give_up()
+        self._sealed.retain(time.time_ns())
         if waiting:
             _trim_memory()
         return len(waiting)

@@ -118,7 +118,7 @@ class TrackedRun:
             return cls(client, uri, resume)
 
         run = client.create_run(
-            _experiment_id(client, uri, config.experiment, root),
+            experiment_id_of(client, uri, config.experiment, root),
             run_name=name,
             tags={
                 "mlflow.source.name": "lightning-ray",
@@ -219,7 +219,8 @@ def ui_command(uri: str, port: int = 5000) -> str:
     )
 
 
-def _experiment_id(client: "MlflowClient", uri: str, name: str, root: Path) -> str:
+def experiment_id_of(client: "MlflowClient", uri: str, name: str, root: Path) -> str:
+    """The experiment called `name`, made if there is none. Raises UserError for a deleted one."""
     from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
 

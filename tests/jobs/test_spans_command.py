@@ -71,7 +71,7 @@ def spoil(clean: Path) -> Callable[..., None]:
     """Writes another attempt of the run into a segment of its own."""
 
     def write(outcome: AttemptOutcome, **call: Any) -> None:
-        sample = len(list((clean / "spans").glob("*.arrows"))) + 2
+        sample = len(list((clean / "spans").glob("*.arrows"))) + 3
         writer = SegmentWriter(clean / "spans" / f"{sample:08d}.arrows")
         writer.append(to_batch(attempt(0, sample, outcome, **call)))
         writer.close()

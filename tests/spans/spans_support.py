@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_ray.spans import SpanKind, span, to_batch
+from lightning_ray.spans.archive import KEYS, Archive, Numbers
+from lightning_ray.spans.manifests import Sealed
 from lightning_ray.spans.segment import SUFFIX, read_segment
 
 
@@ -35,3 +37,12 @@ def stored_ids(folder: Path) -> list[str]:
         for _, found in read_segment(path).batches
         for span_id in found["span_id"].to_pylist()
     ]
+
+
+def seal(archive: Archive, table: pa.Table, shard: int, segment: int) -> Sealed:
+    """Seals a table as if it were a segment."""
+
+    def rows(numbers: Numbers) -> list[pa.RecordBatch]:
+        return table.take(pa.array(numbers)).to_batches()
+
+    return archive.seal(table.select(list(KEYS)), rows, shard, segment)

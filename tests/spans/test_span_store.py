@@ -131,7 +131,7 @@ def test_a_full_segment_is_followed_by_the_next(tmp_path: Path) -> None:
             await store.append(batch(f"{number:016x}"))
         stats = await store.stats()
         assert stats.segments > 2
-        assert stats.bytes == sum(path.stat().st_size for path in tmp_path.glob("*" + SUFFIX))
+        assert stats.bytes == sum(path.stat().st_size for path in tmp_path.rglob("*" + SUFFIX))
 
     asyncio.run(run())
     again = SpanStore(str(tmp_path), SpansConfig())
@@ -168,7 +168,7 @@ def test_spans_that_a_full_disk_refused_may_be_sent_again(
         assert (await store.read(["r/1"]))["span_id"].to_pylist() == ["a"]
         assert (await store.stats()).spans == 1
         assert await store.append(batch("c", "d")) == 2
-        on_disk = sum(path.stat().st_size for path in tmp_path.glob("*" + SUFFIX))
+        on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*" + SUFFIX))
         assert (await store.stats()).bytes == on_disk
 
     asyncio.run(asyncio.wait_for(run(), 30))
@@ -226,7 +226,9 @@ def test_a_batch_that_meets_the_end_of_the_disk_is_refused_whole(tmp_path: Path)
         timeout=60,
         check=True,
     )
-    assert done.stdout.splitlines() == [f"spans could not be written to {tmp_path}: File too large"]
+    assert done.stdout.splitlines() == [
+        f"spans could not be written to {tmp_path}/shard-0: File too large"
+    ]
     assert stored_ids(tmp_path) == ["a", "b", "c"]
 
 

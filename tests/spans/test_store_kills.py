@@ -139,7 +139,7 @@ def filled(folder: Path, segments: int = 3) -> list[Path]:
             await store.close()
 
     asyncio.run(run())
-    paths = sorted(folder.glob("*.arrows"))
+    paths = sorted(folder.rglob("*.arrows"))
     assert len(paths) == segments
     return paths
 
