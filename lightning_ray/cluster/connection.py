@@ -7,8 +7,11 @@ whatever state the job was in; and where the driver died without closing, its gu
 import logging
 import math
 import os
+import signal
 import socket
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -52,20 +55,22 @@ class Connection:
             self._guardian = Guardian()
             # More than there are share what there is: every part of a job is needed at once.
             plenty = max(2, os.cpu_count() or 2, math.ceil(self._needs.cpus))
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus or plenty,
-                object_store_memory=config.object_store_mib * 1024 * 1024,
-                include_dashboard=False,
-                **common,
-            )
+            with _own_sigterm():
+                ray.init(
+                    address="local",
+                    num_cpus=config.num_cpus or plenty,
+                    object_store_memory=config.object_store_mib * 1024 * 1024,
+                    include_dashboard=False,
+                    **common,
+                )
             children = psutil.Process().children()
             self._guardian.watch([c for c in children if c.pid != self._guardian.pid])
             self._require_room()
             return self
         try:
             knock(config.address)
-            ray.init(address=config.address, **common)
+            with _own_sigterm():
+                ray.init(address=config.address, **common)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -99,6 +104,20 @@ class Connection:
                     f"{total.get(name, 0.0):g}; lower inference.num_{name.lower()}s and "
                     f"learner.num_{name.lower()}s, or add nodes"
                 )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What SIGTERM did before `ray.init` it does afterwards.
+
+    Ray puts two handlers in its place: one ends the interpreter, and one, in C++, arms an alarm
+    that aborts the process three seconds later, in the middle of what it was putting in order.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    # Python allows it in the main thread alone; Ray's handlers come there alone, too.
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def knock(address: str) -> None:

@@ -72,6 +72,38 @@ def test_a_driver_that_ends_leaves_no_process_behind() -> None:
     assert _wait_until_gone(family, 1) == []
 
 
+TOLD_TO_END = """
+import os, signal, time
+from lightning_ray.cluster import ClusterConfig, Connection
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, interrupt)
+with Connection(ClusterConfig(num_cpus=1, object_store_mib=100)):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("asked", flush=True)
+    time.sleep(4)
+    print("in order", flush=True)
+"""
+
+
+def test_a_driver_that_is_told_to_end_has_the_time_that_it_needs() -> None:
+    """Ray's own handlers of SIGTERM would end it at once, or abort it three seconds later."""
+    driver = subprocess.run(
+        [sys.executable, "-c", TOLD_TO_END],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert driver.stdout.split("\n") == ["asked", "in order", ""], driver.stderr
+    assert driver.returncode == 0 and "SIGTERM" not in driver.stderr
+
+
 def test_no_cluster_at_the_address_is_one_line() -> None:
     connection = Connection(ClusterConfig(address="127.0.0.1:1"))
     with pytest.raises(UserError, match=r"127\.0\.0\.1:1.*cluster\.address=local"):

@@ -6,6 +6,7 @@
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -182,20 +183,23 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
             ]
         return mine
 
+    def new_conversation(begun: float, number: int) -> tuple[float, str]:
+        turn = [{"role": "user", "content": f"New {begun} {number}"}]
+        asked = time.monotonic() - begun
+        return asked, ask(client, turn)[1]
+
     def seconds_until(pool: ThreadPoolExecutor, expected: str) -> float:
-        """From now until a new conversation that begins is answered by `expected`, and the rest."""
+        """From now, a release's command having returned, until `expected` has every new one."""
         begun = time.monotonic()
         asked = []
-        for number in range(20):
-            turn = [{"role": "user", "content": f"New {expected} {number}"}]
-            asked.append((time.monotonic() - begun, pool.submit(ask, client, turn)))
-            time.sleep(0.1)
-        answers = [(seconds, future.result(120)[1]) for seconds, future in asked]
-        took = [version == expected for _, version in answers]
-        assert any(took) and all(took[took.index(True) :]), answers
-        return answers[took.index(True)][0]
+        for number in range(40):
+            asked.append(pool.submit(new_conversation, begun, number))
+            time.sleep(0.05)
+        answers = [future.result(120) for future in asked]
+        assert max(answers)[1] == expected, answers
+        return max((at for at, version in answers if version != expected), default=0.0)
 
-    with ThreadPoolExecutor(48) as pool:
+    with ThreadPoolExecutor(96) as pool:
         talks = [pool.submit(talk, number) for number in range(20)]
         try:
             time.sleep(2)
@@ -205,20 +209,25 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
                 pool.submit(ask, client, [{"role": "user", "content": f"C{i}"}]) for i in range(24)
             ]
             split = [future.result(120)[1] for future in late]
-            service.release("promote", "helper")
-            promoted = seconds_until(pool, "helper@2")
-            service.release("rollback", "helper")
-            returned = seconds_until(pool, "helper@1")
+            moves = []
+            for words, expected in (
+                (("promote", "helper"), "helper@2"),
+                (("rollback", "helper"), "helper@1"),
+                (("promote", "helper", "2"), "helper@2"),
+                (("rollback", "helper"), "helper@1"),
+            ):
+                service.release(*words)
+                moves.append(seconds_until(pool, expected))
         finally:
             stop.set()
         # A call that failed would raise here: the client does not retry.
         done = [future.result(120) for future in talks]
-    print(f"a promotion counted after {promoted:.2f} s, a rollback after {returned:.2f} s")
+    print("seconds until a move counted:", ", ".join(f"{seconds:.2f}" for seconds in moves))
     assert set(split) == {"helper@1", "helper@2"}
     assert all(mine.versions == {"helper@1"} for mine in done)
     assert all(len(mine.rollouts) == 1 and mine.answers >= 3 for mine in done)
-    # A second, on a machine that has nothing else to do.
-    assert promoted < 2.0 and returned < 2.0
+    # Of four moves, so that one moment in which the machine does something else is no failure.
+    assert statistics.median(moves) < 1.0
     # What the engines recorded says the same as the headers did.
     by_rollout = defaultdict(set)
     for span in service.spans():
