@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lightning_ray.agents.command import fill_command, find_executable
 from lightning_ray.agents.config import AgentConfig
-from lightning_ray.agents.environment import base_environment
+from lightning_ray.agents.environment import base_environment, merged_environment
 from lightning_ray.agents.forkserver import ForkServer, Job
 from lightning_ray.agents.result import AgentResult
 from lightning_ray.agents.task import Task
@@ -71,7 +71,7 @@ class CommandLauncher:
     async def run(self, task: Task, env: Mapping[str, str], timeout_s: float) -> AgentResult:
         """See `Launcher.run`."""
         argv = fill_command(self._config.command, task)
-        full_env = {**self._base_env, **env}
+        full_env = merged_environment(self._base_env, env)
         path = find_executable(argv[0], full_env, self._cwd)
         job = Job(argv=argv, env=full_env, path=path)
         server = await self._live_server()

@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Mapping
 
 from lightning_ray.agents.command import fill_command, find_executable, python_script
 from lightning_ray.agents.config import AgentConfig
-from lightning_ray.agents.environment import base_environment
+from lightning_ray.agents.environment import base_environment, merged_environment
 from lightning_ray.agents.forkserver import ForkServer, Job
 from lightning_ray.agents.launch import CommandLauncher, agent_folder
 from lightning_ray.agents.result import AgentEnd, AgentResult
@@ -83,7 +83,9 @@ class WarmLauncher:
         if server is None:
             return await self._cold.run(task, env, timeout_s)
         argv = fill_command(self._config.command, task)
-        job = Job(argv, {**self._base_env, **env}, fork=True, script=self._script.index)
+        job = Job(
+            argv, merged_environment(self._base_env, env), fork=True, script=self._script.index
+        )
         if self._modules is None and self._learning is None and self._tries_left > 0:
             result = await self._learn(server, job, timeout_s)
         else:

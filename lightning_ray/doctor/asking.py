@@ -5,6 +5,7 @@ from collections import Counter
 from lightning_ray.doctor.evidence import Evidence
 from lightning_ray.doctor.exchange import Exchange
 from lightning_ray.doctor.finding import Finding, missing, ok, warning
+from lightning_ray.gateway.intake import TOLD
 
 _SHOWN = 80
 _SEVERAL = 3
@@ -90,8 +91,8 @@ def _cure(seen: Evidence, refused: Exchange) -> str:
         )
     if any(base == f"/v1{path}" for base in _BASE):
         return "the agent's client needs a base URL that ends in /v1: let it read OPENAI_BASE_URL"
-    if path.endswith("/traces"):
-        return "telemetry is not taken in yet; leave OTEL_EXPORTER_* unset for the agent"
+    if path.endswith(("/metrics", "/logs")):
+        return "of telemetry traces are taken: OTEL_METRICS_EXPORTER=none OTEL_LOGS_EXPORTER=none"
     if "tool" in error and refused.asked.tools:
         return "name vLLM's parser for the model's tool calls: inference.tool_call_parser=hermes"
     if "maximum context length" in error or "max_model_len" in error:
@@ -117,7 +118,8 @@ def _protocols(seen: Evidence) -> list[Finding]:
 
 def _models(seen: Evidence) -> list[Finding]:
     names = models_asked(seen)
-    unnamed = sum(x.asked.model is None for x in seen.exchanges if x.method == "POST")
+    calls = [x for x in seen.exchanges if x.method == "POST" and x.path not in TOLD]
+    unnamed = sum(x.asked.model is None for x in calls)
     findings = []
     if unnamed:
         findings.append(

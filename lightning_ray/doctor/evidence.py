@@ -11,6 +11,7 @@ import pyarrow as pa
 from lightning_ray.agents import AgentConfig
 from lightning_ray.doctor.exchange import Exchange
 from lightning_ray.spans import SpanKind
+from lightning_ray.spans.rewards import by_attempt
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,7 @@ class Evidence:
 
 def runs_of(spans: pa.Table) -> list[Run]:
     """The attempts whose end is in `spans`, in the order of their ids."""
-    rewards: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in _rows(spans, SpanKind.REWARD):
-        rewards[row["attempt_id"]][row["name"]] = row["value"]
+    rewards = by_attempt(spans)
     runs = []
     for row in _rows(spans, SpanKind.RESOURCE):
         told = row["attributes"]
@@ -102,7 +101,7 @@ def runs_of(spans: pa.Table) -> list[Run]:
                 stdout=told.get("stdout", ""),
                 stderr=told.get("stderr", ""),
                 error=told.get("error", ""),
-                rewards=rewards[row["attempt_id"]],
+                rewards=rewards.get(row["attempt_id"], {}),
             )
         )
     return sorted(runs, key=lambda run: run.attempt_id)

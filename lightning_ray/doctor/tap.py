@@ -23,6 +23,7 @@ from lightning_ray.doctor.exchange import (
     renamed,
 )
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.gateway.intake import TOLD
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ class Tap:
         self._thread.join(_START_S)
 
     def exchanges(self, attempt_ids: Sequence[str]) -> list[Exchange]:
-        """What was seen of these attempts, in the order in which they asked."""
+        """What these attempts asked of the door, in that order, without the telemetry it took."""
         wanted = set(attempt_ids)
-        return [exchange for exchange in list(self._exchanges) if exchange.attempt_id in wanted]
+        seen = [exchange for exchange in list(self._exchanges) if exchange.attempt_id in wanted]
+        return [one for one in seen if one.path not in TOLD or not one.answered]
 
     async def _start(self) -> None:
         self._session = aiohttp.ClientSession(

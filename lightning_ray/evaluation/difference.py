@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_ray.evaluation.measures import Interval, paired_difference
-from lightning_ray.spans import SpanKind
+from lightning_ray.spans import SPAN_SCHEMA, SpanKind
+from lightning_ray.spans.rewards import by_attempt
 from lightning_ray.spans.segment import SUFFIX, read_segment
 
-_COLUMNS = ["kind", "name", "rollout_id", "end_ns", "value", "attributes"]
+_COLUMNS = ["rollout_id", "end_ns", "attributes"]
 # As the conductor names the rollouts of an evaluation: step, session, place of the task, sample.
 _ROLLOUT = re.compile(r"heldout-s(\d+)-([^-]+)-\d+-\d+$")
 
@@ -56,18 +57,24 @@ def heldout_scores(spans: Path) -> dict[int, TaskScores]:
         InfrastructureError: a segment is not of this version's schema.
     """
     rows: list[dict[str, object]] = []
+    given = []
     for path in sorted(spans.rglob(f"*{SUFFIX}")):
         for _, batch in read_segment(path).batches:
-            kinds = pc.is_in(batch["kind"], pa.array([SpanKind.REWARD, SpanKind.RESOURCE]))
-            heldout = pc.starts_with(batch["rollout_id"], "heldout-")
-            rows += batch.select(_COLUMNS).filter(pc.and_(kinds, heldout)).to_pylist()
-    return _scores(rows)
+            batch = batch.filter(pc.starts_with(batch["rollout_id"], "heldout-"))
+            ends = batch.filter(pc.equal(batch["kind"], SpanKind.RESOURCE.value))
+            rows += ends.select(_COLUMNS).to_pylist()
+            given.append(batch.filter(pc.equal(batch["kind"], SpanKind.REWARD.value)))
+    return _scores(rows, by_attempt(pa.Table.from_batches(given, SPAN_SCHEMA)))
 
 
-def _scores(rows: list[dict[str, object]]) -> dict[int, TaskScores]:
+def _scores(
+    rows: list[dict[str, object]], given: Mapping[str, Mapping[str, float]]
+) -> dict[int, TaskScores]:
     tasks: dict[str, str] = {}
     contents: dict[str, str] = {}
-    rewards: dict[str, dict[str, float]] = {}
+    # The latest attempt decides a rollout.
+    latest = sorted(given, key=lambda attempt: int(attempt.rpartition("/")[2]))
+    rewards = {attempt.rpartition("/")[0]: given[attempt] for attempt in latest}
     last: dict[int, tuple[int, str]] = {}
     place: dict[str, tuple[int, str]] = {}
     for row in rows:
@@ -80,9 +87,7 @@ def _scores(rows: list[dict[str, object]]) -> dict[int, TaskScores]:
         ended = int(str(row["end_ns"]))
         if step not in last or ended > last[step][0]:
             last[step] = (ended, session)
-        if row["kind"] == SpanKind.REWARD:
-            rewards.setdefault(rollout, {})[str(row["name"])] = float(str(row["value"]))
-        elif row["attributes"]:
+        if row["attributes"]:
             attributes = json.loads(str(row["attributes"]))
             tasks[rollout] = attributes["task_id"]
             if "task" in attributes:
@@ -99,7 +104,10 @@ def _scores(rows: list[dict[str, object]]) -> dict[int, TaskScores]:
 
 
 def _means(
-    rollouts: list[str], tasks: dict[str, str], rewards: dict[str, dict[str, float]], name: str
+    rollouts: list[str],
+    tasks: dict[str, str],
+    rewards: Mapping[str, Mapping[str, float]],
+    name: str,
 ) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for rollout in rollouts:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from lightning_ray.errors import UserError
 from lightning_ray.spans import Query, query, querying
+from lightning_ray.spans.rewards import by_attempt
 
 ROLLBACK_ATTRIBUTE = "lightning_ray.rollback"
 VERDICTS = ("accept", "correct", "override")
@@ -57,7 +58,7 @@ class Outcome:
     status: str | None = None
     """As its attempt's span says (succeeded, failed, ...); None where there is no such span."""
     rewards: dict[str, float] = field(default_factory=dict)
-    """The last value given under each name."""
+    """What holds for the attempt as a whole, by name (`spans.rewards`)."""
     tool_calls: int = 0
     tool_calls_ok: int = 0
     observed: bool = False
@@ -97,8 +98,10 @@ def read_outcomes(
             for row in _rows(ask, "SELECT rollout_id, attempt_id FROM decided GROUP BY ALL")
             if chosen is None or row["attempt_id"] in chosen
         }
+        deciding = {fields["attempt_id"] for fields in rollouts.values()}
+        rewards = _rewards(spans, deciding)
         telemetry = _telemetry(ask, rollback_words)
-        for part in (_attempts(ask), _rewards(ask), telemetry, _verdicts(ask), _costs(ask)):
+        for part in (_attempts(ask), rewards, telemetry, _verdicts(ask), _costs(ask)):
             for rollout_id, fields in part:
                 if rollout_id in rollouts:
                     rollouts[rollout_id] |= fields
@@ -151,21 +154,18 @@ def _attempts(ask: Query) -> Fields:
     return found
 
 
-def _rewards(ask: Query) -> Fields:
-    select = """
-        SELECT rollout_id, name, max_by(value, sequence) AS value FROM decided
-        WHERE kind = 'reward' AND value IS NOT NULL AND NOT isnan(value)
-        GROUP BY rollout_id, name ORDER BY min(sequence), name
-    """
-    rewards: dict[str, dict[str, float]] = {}
-    for row in _rows(ask, select):
-        rewards.setdefault(row["rollout_id"], {})[row["name"]] = row["value"]
-    return [(rollout_id, {"rewards": named}) for rollout_id, named in rewards.items()]
+def _rewards(spans: pa.Table, deciding: Collection[str]) -> Fields:
+    return [
+        (attempt_id.rpartition("/")[0], {"rewards": named})
+        for attempt_id, named in by_attempt(spans).items()
+        if attempt_id in deciding
+    ]
 
 
 def _telemetry(ask: Query, rollback_words: Sequence[str]) -> Fields:
     steps = "kind IN ('tool_call', 'agent_step')"
-    names = ask(f"SELECT DISTINCT name FROM spans WHERE {steps}")["name"].to_pylist()
+    every = f"SELECT name FROM spans WHERE {steps} UNION SELECT tool FROM spans WHERE {steps}"
+    names = [name for name in ask(every)["name"].to_pylist() if name is not None]
     undoing = [name for name in names if is_rollback(name, rollback_words)]
     marked = f"""attributes->>'$."{ROLLBACK_ATTRIBUTE}"'"""
     select = f"""
@@ -173,17 +173,23 @@ def _telemetry(ask: Query, rollback_words: Sequence[str]) -> Fields:
             count(*) FILTER (kind = 'tool_call') AS tool_calls,
             count(*) FILTER (kind = 'tool_call' AND status = 'ok') AS tool_calls_ok,
             bool_or({steps} OR {marked} IS NOT NULL) AS observed,
-            coalesce(bool_or(({steps} AND list_contains(?, name)) OR {marked} = 'true'), false)
-                AS rolled_back
+            coalesce(
+                bool_or(
+                    ({steps} AND (list_contains($1, name) OR list_contains($1, tool)))
+                    OR {marked} = 'true'
+                ), false
+            ) AS rolled_back
         FROM decided GROUP BY rollout_id
     """
     return [(row.pop("rollout_id"), row) for row in _rows(ask, select, [undoing])]
 
 
 def _verdicts(ask: Query) -> Fields:
+    # An agent's verdict on itself is no measure of it.
     select = """
         SELECT rollout_id, list(name ORDER BY sequence) AS verdicts FROM decided
-        WHERE kind = 'feedback' AND list_contains(?, name) GROUP BY rollout_id
+        WHERE kind = 'feedback' AND list_contains(?, name)
+            AND source IS DISTINCT FROM 'agent' GROUP BY rollout_id
     """
     rows = _rows(ask, select, [list(VERDICTS)])
     return [(row["rollout_id"], {"verdicts": tuple(row["verdicts"])}) for row in rows]
@@ -194,7 +200,12 @@ def _costs(ask: Query) -> Fields:
     select = """
         WITH used AS (
             SELECT rollout_id, kind, coalesce(policy, '') AS policy,
-                try_cast(attributes->>'$.cost_usd' AS DOUBLE) AS cost,
+                -- What telemetry says that a step or a model call costs is paid for in the calls
+                -- recorded here, or in those inside the step; a tool's cost is nobody else's.
+                coalesce(
+                    CASE WHEN kind IN ('model_call', 'tool_call') THEN cost_usd END,
+                    try_cast(attributes->>'$.cost_usd' AS DOUBLE)
+                ) AS cost,
                 -- Choices of one call share its prompt.
                 CASE WHEN coalesce(try_cast(attributes->>'$.choice' AS BIGINT), 0) > 0 THEN 0
                 ELSE coalesce(

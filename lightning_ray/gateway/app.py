@@ -11,24 +11,28 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+import ray
 from fastapi import FastAPI, Request
 from ray import serve
 from ray.actor import ActorHandle
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from lightning_ray.gateway.answered import AnsweredCall, NotedCall
+from lightning_ray.gateway.answered import NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
-from lightning_ray.gateway.desk import Passage, conversation_of
+from lightning_ray.gateway.desk import Passage, conversation_of, trace_of
+from lightning_ray.gateway.intake import TOLD, Intake, refuse
 from lightning_ray.gateway.live import ROLLOUT_HEADER, LiveDoor, parse_feedback
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
+from lightning_ray.gateway.relay import recorded, relay, request_headers
 from lightning_ray.gateway.roles import Role, describe
 from lightning_ray.gateway.system_prompt import apply_prompt
+from lightning_ray.gateway.telemetry import TRACES
 from lightning_ray.gateway.upstream import (
     UpstreamCall,
     upstream_body,
@@ -41,24 +45,6 @@ from lightning_ray.spans import RequestLog, SpanClient
 
 log = logging.getLogger(__name__)
 
-# Hop by hop (RFC 9110, 7.6.1), or belonging to the connection that ends here, or the agent's key.
-_DROPPED = frozenset(
-    {
-        "accept-encoding",
-        "authorization",
-        "connection",
-        "content-length",
-        "host",
-        "keep-alive",
-        "proxy-authorization",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "x-api-key",
-    }
-)
-_OURS = "x-lightning-ray-"
 VERSION_HEADER = "x-lightning-ray-version"
 FEEDBACK = "/v1/feedback"
 
@@ -87,38 +73,6 @@ class _Call:
     answerer: Answerer
 
 
-def _reply_headers(reply: aiohttp.ClientResponse) -> dict[str, str]:
-    return {
-        name.lower(): value
-        for name, value in reply.headers.items()
-        if name.lower() not in _DROPPED and name.lower() != "server"
-    }
-
-
-async def _relay(reply: aiohttp.ClientResponse) -> Response:
-    headers = _reply_headers(reply)
-    if "content-length" in reply.headers:
-        async with reply:
-            return Response(await reply.read(), reply.status, headers)
-    return StreamingResponse(_stream(reply), reply.status, headers)
-
-
-async def _recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Response:
-    """Passes a reply on, and leaves a span of what was said."""
-    headers = _reply_headers(reply)
-    if "text/event-stream" in reply.headers.get("content-type", ""):
-        return StreamingResponse(call.stream(reply), reply.status, headers)
-    async with reply:
-        return Response(await call.whole(reply), reply.status, headers)
-
-
-async def _stream(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    # Leaving early closes the connection, and so the engine stops generating for nobody.
-    async with reply:
-        async for part in reply.content.iter_any():
-            yield part
-
-
 def _error(path: str, status: int, message: str) -> Response:
     headers: dict[str, Any] = {"content-type": "application/json"}
     return Response(error_body(path, status, message), status, headers)
@@ -142,14 +96,6 @@ def _parsed(content: bytes) -> dict[str, Any]:
         return parse_body(content)
     except ValueError as error:
         raise _Refusal(400, f"the body cannot be read: {error}") from error
-
-
-def _request_headers(request: Request) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in request.headers.items()
-        if name not in _DROPPED and not name.startswith(_OURS)
-    }
 
 
 def _with_prompt(
@@ -183,6 +129,7 @@ class Gateway:
         self._answerers = {answerer.policy: answerer for answerer in answerers}
         self._spans = spans
         self._requests = RequestLog()
+        self._intake = Intake(config, spans)
         self._desk = live.desk if live else None
         self._serving = live.config if live else None
         self._run_id = live.run_id if live else ""
@@ -190,14 +137,18 @@ class Gateway:
 
     @app.api_route("/a/{capability}/{path:path}", methods=["GET", "POST"])
     async def call(self, capability: str, path: str, request: Request) -> Response:
-        """One call of an attempt, unstreamed or streamed."""
+        """One call of an attempt, unstreamed or streamed, or what it tells."""
         path = "/" + path
+        if path in TOLD and request.method == "POST":
+            return await self._take(path, request, self._told(path, capability, request))
         return await self._answer(path, self._attempt(capability, path, request))
 
     @app.api_route("/v1/{path:path}", methods=["GET", "POST"])
     async def live(self, path: str, request: Request) -> Response:
-        """One call of live traffic, or feedback on it."""
+        """One call of live traffic, its telemetry, or feedback on it."""
         path = "/v1/" + path
+        if path == TRACES and request.method == "POST":
+            return await self._take(path, request, self._told_live(path, request))
         return await self._answer(path, self._live(path, request))
 
     async def _answer(self, path: str, answer: Coroutine[Any, Any, Response]) -> Response:
@@ -212,6 +163,35 @@ class Gateway:
         except aiohttp.ClientError as error:
             log.error("no answer: %s", error)
             return _error(path, 502, "the engine did not answer; try again")
+
+    async def _take(
+        self, path: str, request: Request, answer: Coroutine[Any, Any, Response]
+    ) -> Response:
+        try:
+            async with asyncio.timeout(self._config.call_timeout_s):
+                return await answer
+        except TimeoutError:
+            limit = self._config.call_timeout_s
+            return refuse(path, request, 503, f"not taken within {limit:g} s")
+        except ray.exceptions.RayError as error:
+            log.error("nobody knows whose %s is: %s", path, error)
+            return refuse(path, request, 503, "the door cannot be opened now; try again")
+
+    async def _told(self, path: str, capability: str, request: Request) -> Response:
+        identity: Identity | None = None
+        if self._queue is not None:
+            identity = await self._queue.resolve.remote(capability, True)
+        if identity is None:
+            return refuse(path, request, 401, "this base URL belongs to no attempt that may tell")
+        return await self._intake.attempt(path, identity, request)
+
+    async def _told_live(self, path: str, request: Request) -> Response:
+        if self._desk is None or self._serving is None:
+            return refuse(path, request, 404, "no live traffic is served here")
+        caller: str | None = await self._desk.caller.remote(_key_of(request))
+        if caller is None:
+            return refuse(path, request, 401, "this API key is not known here (serving.keys)")
+        return await self._intake.live(caller, self._desk, self._serving, self._run_id, request)
 
     async def _attempt(self, capability: str, path: str, request: Request) -> Response:
         identity: Identity | None = None
@@ -243,7 +223,9 @@ class Gateway:
         body = _parsed(content)
         role = self._role(path, body, request)
         conversation = conversation_of(request.headers, self._serving.conversation_header, body)
-        passage: Passage | None = await self._desk.admit.remote(caller, conversation, role.policy)
+        passage: Passage | None = await self._desk.admit.remote(
+            caller, conversation, role.policy, trace_of(request.headers)
+        )
         if passage is None:
             raise _Refusal(503, f"no version of {role.policy} serves yet; promote one")
         identity = passage.identity
@@ -286,7 +268,7 @@ class Gateway:
         )
         if answerer.upstream is not None:
             return await self._ask_upstream(_Call(path, content, by, answerer), request)
-        headers = _request_headers(request) | extra | attribution_headers(answerer.key, by)
+        headers = request_headers(request) | extra | attribution_headers(answerer.key, by)
         url = answerer.url_for(identity.rollout_id) + path
         noted = None
         if identity.note_messages:
@@ -294,16 +276,16 @@ class Gateway:
         reply = await self._client().request(
             "POST", url, params=request.query_params, data=content or None, headers=headers
         )
-        return await (_relay(reply) if noted is None else _recorded(noted, reply))
+        return await (relay(reply) if noted is None else recorded(noted, reply))
 
     async def _list(self, path: str, request: Request, identity: Identity) -> Response:
         """The models that may be asked for: as the one engine says, or our own list of several."""
         (only, *others) = self._answerers.values()
         if not others and only.upstream is None:
             by = Attribution(identity.run_id, identity.rollout_id, identity.attempt_id, "", path)
-            headers = _request_headers(request) | attribution_headers(only.key, by)
+            headers = request_headers(request) | attribution_headers(only.key, by)
             url = only.url_for(identity.rollout_id) + path
-            return await _relay(await self._client().request("GET", url, headers=headers))
+            return await relay(await self._client().request("GET", url, headers=headers))
         return self._own_list()
 
     def _own_list(self) -> Response:
@@ -321,7 +303,7 @@ class Gateway:
         assert upstream is not None
         # Parsed again where a prompt was put in: what is recorded is what was asked.
         body = upstream_body(upstream, _parsed(call.content))
-        headers = _request_headers(request) | upstream_headers(upstream, call.path)
+        headers = request_headers(request) | upstream_headers(upstream, call.path)
         asked = UpstreamCall(
             self._spans, self._requests, upstream, call.answerer.policy, call.by, body
         )
@@ -332,7 +314,7 @@ class Gateway:
             data=json.dumps(body).encode(),
             headers=headers,
         )
-        return await _recorded(asked, reply)
+        return await recorded(asked, reply)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.max_body_bytes

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lightning_ray.errors import UserError
+from lightning_ray.spans.limits import TelemetryLimits, check_telemetry
 
 
 @dataclass
@@ -39,6 +40,8 @@ class GatewayConfig:
     """Largest request body, bytes."""
     call_timeout_s: float = 300.0
     """Longest that one call may take, seconds."""
+    telemetry: TelemetryLimits = field(default_factory=TelemetryLimits)
+    """What one request of telemetry may hold."""
 
 
 @dataclass
@@ -84,3 +87,4 @@ def check_gateway(config: GatewayConfig) -> None:
         raise UserError("gateway.models is empty: list the model names that the agent asks for")
     if config.call_timeout_s <= 0 or config.max_body_bytes < 1:
         raise UserError("gateway.call_timeout_s and gateway.max_body_bytes must be above 0")
+    check_telemetry(config.telemetry)

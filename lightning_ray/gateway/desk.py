@@ -8,9 +8,10 @@ one conversation opens no other caller's. `now` is a number of seconds from one 
 import hashlib
 import hmac
 import json
+import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_ray.rollouts import Identity
 
 LIVE = "live-"
 _TAG_LENGTH = 8
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Desk:
         self._limit = limit
         self._policies: dict[str, LivePolicy] = {}
         self._conversations: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()
+        self._traces: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     def caller(self, key: str) -> str | None:
         """The name of the caller with this key, or None."""
@@ -82,8 +85,13 @@ class Desk:
         """Takes on where a policy's release stands; from the next call on."""
         self._policies[policy.policy] = policy
 
-    def admit(self, caller: str, conversation: str, policy: str, now: float) -> Passage | None:
-        """Who answers the next call of a conversation; None when nobody serves the policy."""
+    def admit(
+        self, caller: str, conversation: str, policy: str, now: float, trace_id: str = ""
+    ) -> Passage | None:
+        """Who answers the next call of a conversation; None when nobody serves the policy.
+
+        `trace_id` is the trace that the call is part of, where it says one.
+        """
         live = self._policies.get(policy)
         if live is None or live.champion not in live.answerers:
             return None
@@ -93,10 +101,32 @@ class Desk:
             version = self._choose(live, entry.rollout_id)
             entry.versions[policy] = version
         entry.calls += 1
+        self._follow(caller, trace_id, entry.rollout_id)
         identity = Identity(
             self._run_id, entry.rollout_id, f"{entry.rollout_id}/1", prompts=live.prompts
         )
         return Passage(identity, live.answerers[version], version)
+
+    def locate(
+        self, caller: str, names: Iterable[str], traces: Mapping[str, str], now: float
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Where telemetry of a caller belongs: rollout ids by name, and by trace id.
+
+        `names` are "rollout:ID", of which only the caller's own are found, and "header:NAME", a
+        conversation that begins here if it has not begun. `traces` are the traces of the spans,
+        each with a name that one of its spans has, or with an empty one: a trace belongs where its
+        calls went, else where it was named first.
+        """
+        named = {name: self._named(caller, name, now) for name in names}
+        placed: dict[str, str | None] = {}
+        for trace_id, name in traces.items():
+            rollout = self._traces.get((caller, trace_id))
+            if rollout is None and name:
+                rollout = named[name] if name in named else self._named(caller, name, now)
+                if rollout is not None:
+                    self._follow(caller, trace_id, rollout)
+            placed[trace_id] = rollout
+        return _present(named), _present(placed)
 
     def owns(self, caller: str, rollout_id: str) -> bool:
         """Whether a conversation is this caller's; known from its id, however old it is."""
@@ -108,6 +138,19 @@ class Desk:
             entry.versions.get(policy) == version and now - entry.seen <= self._idle_s
             for entry in self._conversations.values()
         )
+
+    def _named(self, caller: str, name: str, now: float) -> str | None:
+        form, _, said = name.partition(":")
+        if form == "rollout":
+            return said if self.owns(caller, said) else None
+        return self._conversation(caller, name, now).rollout_id
+
+    def _follow(self, caller: str, trace_id: str, rollout_id: str) -> None:
+        if trace_id:
+            self._traces[caller, trace_id] = rollout_id
+            self._traces.move_to_end((caller, trace_id))
+            while len(self._traces) > self._limit:
+                self._traces.popitem(last=False)
 
     def _choose(self, live: LivePolicy, rollout_id: str) -> int:
         if live.candidate is None or live.candidate not in live.answerers:
@@ -151,9 +194,19 @@ def conversation_of(headers: Mapping[str, str], header: str, body: Mapping[str, 
     return "begins:" + hashlib.sha256(content.encode()).hexdigest()
 
 
+def trace_of(headers: Mapping[str, str]) -> str:
+    """The trace that a call is part of, as its header `traceparent` says (W3C); else empty."""
+    found = _TRACEPARENT.match(headers.get("traceparent", ""))
+    return found[1] if found and found[1] != "0" * 32 else ""
+
+
 def digest_of(key: str) -> str:
     """What is kept of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _present(found: Mapping[str, str | None]) -> dict[str, str]:
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _tag(caller: str) -> str:

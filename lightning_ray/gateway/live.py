@@ -3,7 +3,6 @@
 Invariant: a caller reaches only what its key allows, and feedback that was acknowledged is on disk.
 """
 
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -16,7 +15,9 @@ from ray.actor import ActorHandle
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway.config import ServingConfig
 from lightning_ray.gateway.desk import LIVE, Desk, LivePolicy, Passage
+from lightning_ray.gateway.given_rewards import finite, step_number
 from lightning_ray.spans import SpanKind, span
+from lightning_ray.spans.rewards import PERSON, SERVICE
 
 ROLLOUT_HEADER = "x-lightning-ray-rollout"
 """On every reply of live traffic: what feedback names."""
@@ -45,9 +46,17 @@ class LiveDesk:
         """The name of the caller with this key."""
         return self._desk.caller(key)
 
-    async def admit(self, caller: str, conversation: str, policy: str) -> Passage | None:
+    async def admit(
+        self, caller: str, conversation: str, policy: str, trace_id: str = ""
+    ) -> Passage | None:
         """Who answers the next call of a conversation."""
-        return self._desk.admit(caller, conversation, policy, time.monotonic())
+        return self._desk.admit(caller, conversation, policy, time.monotonic(), trace_id)
+
+    async def locate(
+        self, caller: str, names: list[str], traces: dict[str, str]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Where telemetry of a caller belongs."""
+        return self._desk.locate(caller, names, traces, time.monotonic())
 
     async def release(self, policies: list[LivePolicy]) -> None:
         """Takes on where releases stand."""
@@ -105,6 +114,10 @@ class Feedback:
     rewards: Mapping[str, float]
     by: str | None
     comment: str | None
+    source: str = SERVICE
+    """"person" or "service"."""
+    step: int | None = None
+    """The step that it is about; None is the conversation as a whole."""
 
     def spans(self, run_id: str, caller: str) -> list[dict[str, Any]]:
         """As spans of the conversation's attempt."""
@@ -121,17 +134,19 @@ class Feedback:
             "comment": self.comment,
         }
         attributes = {name: value for name, value in said.items() if value is not None}
+        about: dict[str, Any] = {"source": self.source, "step": self.step, "attributes": attributes}
         rows = []
         if self.verdict is not None:
-            rows.append(span(SpanKind.FEEDBACK, self.verdict, **place, attributes=attributes))
+            rows.append(span(SpanKind.FEEDBACK, self.verdict, **place, **about))
         for name, value in self.rewards.items():
-            rows.append(span(SpanKind.REWARD, name, **place, value=value, attributes=attributes))
+            rows.append(span(SpanKind.REWARD, name, **place, value=value, **about))
         return rows
 
 
 def parse_feedback(body: Mapping[str, Any]) -> Feedback:
     """Reads the body of a POST to /v1/feedback. Raises ValueError, saying what to change."""
     known = {"rollout", "reply_id", "verdict", "correction", "reward", "rewards", "by", "comment"}
+    known |= {"source", "step"}
     if unknown := sorted(set(body) - known):
         raise ValueError(f"{unknown[0]!r} is no field; the fields are: {', '.join(sorted(known))}")
     reply_id, verdict = _text(body, "reply_id"), _text(body, "verdict")
@@ -149,6 +164,12 @@ def parse_feedback(body: Mapping[str, Any]) -> Feedback:
     correction = _text(body, "correction")
     if verdict == "correct" and correction is None:
         raise ValueError("verdict 'correct' needs `correction`: what the answer should have been")
+    by, source = _text(body, "by"), _text(body, "source")
+    if source is None:
+        # Whoever has a name is a person, unless it is said otherwise.
+        source = SERVICE if by is None else PERSON
+    if source not in (PERSON, SERVICE):
+        raise ValueError(f"source {source[:100]!r} is neither {PERSON!r} nor {SERVICE!r}")
     rewards = _rewards(body)
     if verdict is None and not rewards:
         raise ValueError("say something: `verdict`, `reward` or `rewards`")
@@ -158,8 +179,10 @@ def parse_feedback(body: Mapping[str, Any]) -> Feedback:
         verdict,
         correction,
         rewards,
-        _text(body, "by"),
+        by,
         _text(body, "comment"),
+        source,
+        step_number(body),
     )
 
 
@@ -170,11 +193,7 @@ def _rewards(body: Mapping[str, Any]) -> dict[str, float]:
     given: dict[str, Any] = dict(named or {})
     if body.get("reward") is not None:
         given["reward"] = body["reward"]
-    for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise ValueError(f"reward {name!r} is {value!r}: give a finite number")
-    return {str(name): float(value) for name, value in given.items()}
+    return {str(name): finite(str(name), value) for name, value in given.items()}
 
 
 def _text(body: Mapping[str, Any], name: str) -> str | None:

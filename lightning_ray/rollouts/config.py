@@ -17,6 +17,8 @@ class RolloutsConfig:
     """Attempts of a rollout before it is left out: the first, and the retries."""
     grace_s: float = 15.0
     """An attempt that is not reported this long after its timeout lost its worker, seconds."""
+    linger_s: float = 60.0
+    """Telemetry and rewards of an attempt are still taken this long after its end, seconds."""
     batch_timeout_s: float = 1800.0
     """Longest that the trainer waits for the rollouts of one batch, seconds."""
     num_cpus: float = 0.0
@@ -33,3 +35,5 @@ def check_rollouts(config: RolloutsConfig) -> None:
     for name in ("grace_s", "batch_timeout_s"):
         if getattr(config, name) <= 0:
             raise UserError(f"rollouts.{name}={getattr(config, name)}: must be above 0 seconds")
+    if config.linger_s < 0:
+        raise UserError(f"rollouts.linger_s={config.linger_s}: must be 0 or above")

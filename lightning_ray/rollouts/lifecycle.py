@@ -2,7 +2,8 @@
 
 Invariants: each dequeue makes a new attempt and gives it to one caller; only the latest attempt
 decides its rollout; a rollout that ended stays as it ended; a capability opens the gateway while
-its attempt is the running one and never again. `now` is a number of seconds that the caller takes
+its attempt is the running one and never again, but for what the attempt still has to tell: that is
+taken for `linger_s` seconds more. `now` is a number of seconds that the caller takes
 from one clock and that never goes back.
 """
 
@@ -56,13 +57,20 @@ class Counts:
 class Lifecycle:
     """The rollouts of one run."""
 
-    def __init__(self, run_id: str, grace_s: float):
-        """`grace_s`: an attempt not reported this long after its timeout is unresponsive."""
+    def __init__(self, run_id: str, grace_s: float, linger_s: float = 0.0):
+        """`grace_s`: an attempt not reported this long after its timeout is unresponsive.
+
+        `linger_s`: so long after its end an attempt's telemetry is still taken, at least.
+        """
         self._run_id = run_id
         self._grace_s = grace_s
         self._rollouts: OrderedDict[str, _Rollout] = OrderedDict()
         self._queue: deque[str] = deque()
         self._open: dict[bytes, Identity] = {}
+        self._linger_s = linger_s
+        self._closed: dict[bytes, Identity] = {}
+        self._closing: list[bytes] = []
+        self._until: deque[tuple[float, bytes]] = deque()
         self._attempts = 0
 
     def enqueue(self, specs: Iterable[RolloutSpec]) -> int:
@@ -107,7 +115,7 @@ class Lifecycle:
             if rollout.status is RolloutStatus.RUNNING:
                 attempt = rollout.attempts[-1]
                 attempt.status = AttemptStatus.CANCELLED
-                self._open.pop(attempt.digest, None)
+                self._close(attempt)
                 stopping.append(attempt.attempt_id)
             rollout.status = RolloutStatus.CANCELLED
         return stopping
@@ -123,11 +131,21 @@ class Lifecycle:
                 )
                 self._end(rollout, attempt, lost)
                 overdue.append(attempt.attempt_id)
+        # Ends come without a time: they are given the one of the look that first finds them.
+        self._until += [(now + self._linger_s, digest) for digest in self._closing]
+        self._closing.clear()
+        while self._until and self._until[0][0] < now:
+            self._closed.pop(self._until.popleft()[1], None)
         return overdue
 
-    def resolve(self, capability: str) -> Identity | None:
-        """Whom a capability stands for, or None when it is unknown or its attempt has ended."""
-        return self._open.get(_digest(capability))
+    def resolve(self, capability: str, telling: bool = False) -> Identity | None:
+        """Whom a capability stands for, or None when it is unknown or its attempt has ended.
+
+        `telling`: for telemetry and rewards, which an attempt may send until a while after its end.
+        """
+        digest = _digest(capability)
+        identity = self._open.get(digest)
+        return self._closed.get(digest) if identity is None and telling else identity
 
     def record(self, rollout_id: str) -> RolloutRecord:
         """The rollout as it stands. Raises KeyError for an unknown id."""
@@ -189,7 +207,7 @@ class Lifecycle:
 
     def _end(self, rollout: _Rollout, attempt: _Attempt, outcome: AttemptOutcome) -> None:
         attempt.status = outcome.status
-        self._open.pop(attempt.digest, None)
+        self._close(attempt)
         rollout.outcome = outcome
         if outcome.status is AttemptStatus.SUCCEEDED:
             rollout.status = RolloutStatus.SUCCEEDED
@@ -200,6 +218,12 @@ class Lifecycle:
             self._queue.append(rollout.spec.rollout_id)
         else:
             rollout.status = RolloutStatus.FAILED
+
+    def _close(self, attempt: _Attempt) -> None:
+        identity = self._open.pop(attempt.digest, None)
+        if identity is not None and self._linger_s > 0:
+            self._closed[attempt.digest] = identity
+            self._closing.append(attempt.digest)
 
     def _running_attempt(self, attempt_id: str) -> tuple[_Rollout, _Attempt] | None:
         rollout = self._rollouts.get(attempt_id.rpartition("/")[0])

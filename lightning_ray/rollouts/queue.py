@@ -29,7 +29,7 @@ class RolloutQueue:
     """The actor's class. Its methods are safe to repeat; waiting costs no polling."""
 
     def __init__(self, run_id: str, config: RolloutsConfig):
-        self._lives = Lifecycle(run_id, config.grace_s)
+        self._lives = Lifecycle(run_id, config.grace_s, config.linger_s)
         self._work = asyncio.Event()
         self._ended: dict[str, asyncio.Event] = {}
         self._over: dict[str, asyncio.Event] = {}
@@ -103,9 +103,9 @@ class RolloutQueue:
         if (event := self._over.get(attempt_id)) is not None:
             await event.wait()
 
-    async def resolve(self, capability: str) -> Identity | None:
-        """Whom a capability stands for while its attempt lives."""
-        return self._lives.resolve(capability)
+    async def resolve(self, capability: str, telling: bool = False) -> Identity | None:
+        """Whom a capability stands for while its attempt lives; `telling`, a while longer."""
+        return self._lives.resolve(capability, telling)
 
     async def counts(self) -> Counts:
         """How many rollouts stand where."""

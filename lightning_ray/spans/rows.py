@@ -62,6 +62,8 @@ def span(
 _COLUMNS = frozenset(SPAN_SCHEMA.names)
 
 
-def to_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
-    """Rows made by `span` as one record batch of SPAN_SCHEMA."""
+def to_batch(rows: Sequence[Mapping[str, Any]] | pa.RecordBatch) -> pa.RecordBatch:
+    """Rows made by `span` as one record batch of SPAN_SCHEMA; such a batch as it is."""
+    if isinstance(rows, pa.RecordBatch):
+        return rows
     return pa.RecordBatch.from_pylist(list(rows), schema=SPAN_SCHEMA)

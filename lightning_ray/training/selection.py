@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from lightning_ray.agents import Task
 from lightning_ray.errors import UserError
 from lightning_ray.spans import SPAN_SCHEMA, query, read_folder
+from lightning_ray.spans.rewards import rewards, whole_attempt
 from lightning_ray.training.finetuning import FinetuneConfig, SamplesConfig
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.names import MEASURING
@@ -161,19 +162,22 @@ def choose_samples(config: FinetuneConfig, base: Path, heldout: Sequence[Task]) 
 
 
 def attempts_table(spans: pa.Table) -> pa.Table:
-    """One row per attempt (the columns of `_COLUMNS`), and its last reward of each name."""
-    names = query(spans, "SELECT DISTINCT name FROM spans WHERE kind = 'reward' ORDER BY name")
-    columns = dict(_COLUMNS)
-    for name in names["name"].to_pylist():
+    """One row per attempt (the columns of `_COLUMNS`), and the reward that holds of each name."""
+    held = whole_attempt(rewards(spans))
+    columns = ", ".join(f"{value} AS {_quoted(name)}" for name, value in _COLUMNS.items())
+    given = ["attempt_id"]
+    for name in sorted(pc.unique(held["name"]).to_pylist()):
         literal = name.replace("'", "''")
-        value = (
-            f"arg_max(value, sequence) FILTER (WHERE kind = 'reward' AND name = '{literal}' "
-            "AND value IS NOT NULL)"
-        )
         # A reward that has the name of a column keeps out of its way.
-        columns[f"reward_{name}" if name in _COLUMNS else name] = value
-    parts = ", ".join(f"{value} AS {_quoted(name)}" for name, value in columns.items())
-    return query(spans, f"SELECT {parts} FROM spans GROUP BY attempt_id ORDER BY attempt_id")
+        column = _quoted(f"reward_{name}" if name in _COLUMNS else name)
+        given.append(f"any_value(value) FILTER (name = '{literal}') AS {column}")
+    return query(
+        spans,
+        f"SELECT * FROM (SELECT {columns} FROM spans GROUP BY attempt_id) LEFT JOIN "
+        f"(SELECT {', '.join(given)} FROM held GROUP BY attempt_id) USING (attempt_id) "
+        "ORDER BY attempt_id",
+        tables={"held": held},
+    )
 
 
 def _choose(spans: pa.Table, attempts: pa.Table, settings: SamplesConfig) -> list[str]:
@@ -224,8 +228,7 @@ def _ask(word: str, typed: str, sql: str, spans: pa.Table, attempts: pa.Table) -
 
 
 def _require_reward(spans: pa.Table, name: str) -> None:
-    known = query(spans, "SELECT DISTINCT name FROM spans WHERE kind = 'reward' ORDER BY name")
-    names = known["name"].to_pylist()
+    names = sorted(pc.unique(whole_attempt(rewards(spans))["name"]).to_pylist())
     if name not in names:
         there = f"there are {', '.join(names)}" if names else "there are no rewards at all"
         raise UserError(f"samples.reward={name}: the spans have no such reward; {there}")

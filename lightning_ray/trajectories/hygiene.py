@@ -5,14 +5,15 @@ An attempt that came to no outcome is an infrastructure fault, and its trace and
 judged besides; what a policy drops is gone before groups are compared.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_ray.spans.rewards import GRADER, by_attempt, reward_history, whole_attempt
 from lightning_ray.spans.schema import SpanKind, SpanStatus
 from lightning_ray.trajectories.batch import list_arrays
 from lightning_ray.trajectories.hygiene_attempts import (
@@ -117,30 +118,36 @@ def inspect(
     return report
 
 
-Rewards = Mapping[str, Mapping[str, Sequence[float | None]]]
-"""Attempt id to name to the values recorded, in order of arrival."""
+@dataclass(frozen=True)
+class _Rewards:
+    """What was given to attempts as a whole, by attempt and name."""
+
+    held: Mapping[str, Mapping[str, float]]
+    """What holds (`spans.rewards`)."""
+    graded: Mapping[str, Mapping[str, Sequence[float]]]
+    """Every value of a grader, in order of arrival. Others may change their mind; it may not."""
+    named: frozenset[tuple[str, str]]
+    """Attempt and name of every reward span, whether its value is a number or not."""
 
 
-def _rewards(spans: pa.Table) -> Rewards:
+def _rewards(spans: pa.Table) -> _Rewards:
     rows = spans.filter(pc.equal(spans["kind"], SpanKind.REWARD.value))
-    named: dict[str, dict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
+    names = zip(rows["attempt_id"].to_pylist(), rows["name"].to_pylist(), strict=True)
+    graded: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    history = whole_attempt(reward_history(rows))
+    history = history.filter(pc.equal(history["source"], GRADER))
     for attempt, name, value in zip(
-        *(rows[column].to_pylist() for column in ("attempt_id", "name", "value")), strict=True
+        *(history[column].to_pylist() for column in ("attempt_id", "name", "value")), strict=True
     ):
-        named[attempt][name].append(value)
-    return named
+        graded[attempt][name].append(value)
+    return _Rewards(by_attempt(rows), graded, frozenset(names))
 
 
-def _worth(facts: AttemptFacts, rewards: Rewards) -> float | None:
+def _worth(facts: AttemptFacts, rewards: _Rewards) -> float | None:
     """What an attempt is worth; None where it has no finite reward."""
     if facts.reward is not None:
         return facts.reward
-    finite = [v for v in rewards.get(facts.attempt_id, {}).get(REWARD, ()) if _is_number(v)]
-    return finite[0] if finite else None
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    return rewards.held.get(facts.attempt_id, {}).get(REWARD)
 
 
 def _faults(attempts: Sequence[AttemptFacts], calls: pa.Table) -> Iterator[Finding]:
@@ -219,16 +226,16 @@ def _cut(attempts: Sequence[AttemptFacts], spans: pa.Table, calls: pa.Table) -> 
             yield Finding(Check.CUT_TRACES, reason, (facts.attempt_id,))
 
 
-def _missing_rewards(attempts: Sequence[AttemptFacts], rewards: Rewards) -> Iterator[Finding]:
+def _missing_rewards(attempts: Sequence[AttemptFacts], rewards: _Rewards) -> Iterator[Finding]:
     for facts in attempts:
-        values = rewards.get(facts.attempt_id, {}).get(REWARD, ())
-        if facts.succeeded and not any(_is_number(value) for value in values):
-            reason = "its reward is not a finite number" if values else f'it has no "{REWARD}"'
+        if facts.succeeded and REWARD not in rewards.held.get(facts.attempt_id, {}):
+            given = (facts.attempt_id, REWARD) in rewards.named
+            reason = "its reward is not a finite number" if given else f'it has no "{REWARD}"'
             yield Finding(Check.MISSING_REWARDS, reason, (facts.attempt_id,))
 
 
 def _contradictions(
-    attempts: Sequence[AttemptFacts], spans: pa.Table, rewards: Rewards
+    attempts: Sequence[AttemptFacts], spans: pa.Table, rewards: _Rewards
 ) -> Iterator[Finding]:
     ends: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in end_spans(spans):
@@ -236,7 +243,7 @@ def _contradictions(
         ends[row["attempt_id"]].append((row["status"], status))
     for facts in attempts:
         reason = _contradiction(
-            facts, ends.get(facts.attempt_id, []), rewards.get(facts.attempt_id, {})
+            facts, ends.get(facts.attempt_id, []), rewards.graded.get(facts.attempt_id, {})
         )
         if reason is not None:
             yield Finding(Check.CONTRADICTORY_REWARDS, reason, (facts.attempt_id,))
@@ -245,11 +252,11 @@ def _contradictions(
 def _contradiction(
     facts: AttemptFacts,
     ends: Sequence[tuple[str, str]],
-    rewards: Mapping[str, Sequence[float | None]],
+    graded: Mapping[str, Sequence[float]],
 ) -> str | None:
     """Why what is said of an attempt cannot all be true; None when it can."""
-    for name, values in rewards.items():
-        distinct = sorted({value for value in values if value is not None and _is_number(value)})
+    for name, values in graded.items():
+        distinct = sorted(set(values))
         if len(distinct) > 1:
             return f"{name!r} is {distinct[0]:g} and {distinct[-1]:g}"
         if name == REWARD and facts.reward is not None and distinct not in ([], [facts.reward]):
@@ -261,7 +268,7 @@ def _contradiction(
             return f"its end is recorded as {span_status} and as {status}"
     if facts.succeeded and facts.error.strip():
         return f"it succeeded, yet with the error {' '.join(facts.error.split())[:200]!r}"
-    if facts.status is not None and not facts.succeeded and rewards:
+    if facts.status is not None and not facts.succeeded and graded:
         return f"it {facts.status.replace('_', ' ')}, yet has a reward"
     return None
 
@@ -332,7 +339,7 @@ def _duplicate_tasks(attempts: Sequence[AttemptFacts]) -> Iterator[Finding]:
             yield Finding(Check.DUPLICATE_TASKS, reason, ids, group=group)
 
 
-def _constant(attempts: Sequence[AttemptFacts], rewards: Rewards) -> Iterator[Finding]:
+def _constant(attempts: Sequence[AttemptFacts], rewards: _Rewards) -> Iterator[Finding]:
     """Groups without contrast, then batches that have no other."""
     batches: dict[str, list[tuple[bool, Sequence[str]]]] = defaultdict(list)
     for group, members in _groups(attempts).items():

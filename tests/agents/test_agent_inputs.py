@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_ray.agents import AgentConfig, Task, attempt_environment, load_tasks
 from lightning_ray.agents.command import PythonScript, fill_command, python_script
+from lightning_ray.agents.environment import merged_environment
 from lightning_ray.errors import UserError
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -125,8 +126,25 @@ def test_both_families_of_clients_get_their_base_url(url):
         "OPENAI_API_KEY": "key",
         "ANTHROPIC_BASE_URL": "http://h:1/a",
         "ANTHROPIC_API_KEY": "key",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:1/a",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://h:1/a/v1/traces",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        "OTEL_METRICS_EXPORTER": "none",
+        "OTEL_LOGS_EXPORTER": "none",
+        "LIGHTNING_RAY_REWARD_URL": "http://h:1/a/v1/rewards",
         "X": "1",
     }
+
+
+def test_an_agent_that_exports_elsewhere_goes_on_doing_so():
+    attempt = attempt_environment("http://h:1/a", "key")
+    assert merged_environment({"PATH": "/bin"}, attempt) == {"PATH": "/bin", **attempt}
+    elsewhere = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", "OPENAI_API_KEY": "own"}
+    merged = merged_environment(elsewhere, attempt)
+    assert {n: v for n, v in merged.items() if n.startswith("OTEL_")} == {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"
+    }
+    assert merged["OPENAI_API_KEY"] == "key" and "LIGHTNING_RAY_REWARD_URL" in merged
 
 
 def test_a_base_url_must_be_one():

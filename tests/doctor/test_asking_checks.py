@@ -37,7 +37,7 @@ def test_protocols_are_counted_by_path_and_stream() -> None:
         ("/v1/v1/messages", 404, "not served", {}, "base URL that has it"),
         ("/chat/completions", 404, "not served", {}, "ends in /v1"),
         ("/v1/assistants", 404, "not served", {}, "/v1/assistants is not served"),
-        ("/v1/traces", 404, "not served", {}, "telemetry is not taken in"),
+        ("/v1/metrics", 404, "not served", {}, "OTEL_METRICS_EXPORTER=none"),
         (None, 400, '"auto" tool choice requires --x', {"tools": 2}, "tool_call_parser"),
         (None, 400, "maximum context length is 2048", {}, "inference.max_model_len=4096"),
         (None, 500, "oops", {}, "a fault on our side"),

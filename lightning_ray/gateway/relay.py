@@ -1,0 +1,70 @@
+"""Passing requests and replies on: the headers that go along, and bytes as they come."""
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+
+from lightning_ray.gateway.answered import AnsweredCall
+
+# Hop by hop (RFC 9110, 7.6.1), or belonging to the connection that ends here, or the agent's key.
+_DROPPED = frozenset(
+    {
+        "accept-encoding",
+        "authorization",
+        "connection",
+        "content-length",
+        "host",
+        "keep-alive",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "x-api-key",
+    }
+)
+_OURS = "x-lightning-ray-"
+
+
+def request_headers(request: Request) -> dict[str, str]:
+    """The headers that are passed on: not ours, the agent's key, or hop by hop."""
+    return {
+        name: value
+        for name, value in request.headers.items()
+        if name not in _DROPPED and not name.startswith(_OURS)
+    }
+
+
+def _reply_headers(reply: aiohttp.ClientResponse) -> dict[str, str]:
+    return {
+        name.lower(): value
+        for name, value in reply.headers.items()
+        if name.lower() not in _DROPPED and name.lower() != "server"
+    }
+
+
+async def relay(reply: aiohttp.ClientResponse) -> Response:
+    """A reply as it came, whole or as a stream."""
+    headers = _reply_headers(reply)
+    if "content-length" in reply.headers:
+        async with reply:
+            return Response(await reply.read(), reply.status, headers)
+    return StreamingResponse(_stream(reply), reply.status, headers)
+
+
+async def recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Response:
+    """Passes a reply on, and leaves a span of what was said."""
+    headers = _reply_headers(reply)
+    if "text/event-stream" in reply.headers.get("content-type", ""):
+        return StreamingResponse(call.stream(reply), reply.status, headers)
+    async with reply:
+        return Response(await call.whole(reply), reply.status, headers)
+
+
+async def _stream(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    # Leaving early closes the connection, and so the engine stops generating for nobody.
+    async with reply:
+        async for part in reply.content.iter_any():
+            yield part
