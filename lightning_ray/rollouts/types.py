@@ -123,6 +123,25 @@ class AttemptOutcome:
 
 
 @dataclass(frozen=True)
+class WorkerRecord:
+    """A worker as the queue knows it."""
+
+    worker: str
+    running: int
+    """Attempts that it has; none means that it is idle."""
+    lost: bool
+    silent_s: float
+    """Seconds since its last word."""
+
+    @property
+    def state(self) -> str:
+        """ "idle", "busy N" or "lost"."""
+        if self.lost:
+            return "lost"
+        return f"busy {self.running}" if self.running else "idle"
+
+
+@dataclass(frozen=True)
 class AttemptRecord:
     """An attempt as the queue knows it. Times are the queue's wall seconds."""
 

@@ -159,7 +159,9 @@ class LifecycleAgainstReference(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def heard(self, data: st.DataObject) -> None:
-        leases = data.draw(st.lists(st.sampled_from(self.leases), max_size=3, unique_by=lambda one: one.attempt_id))
+        leases = data.draw(
+            st.lists(st.sampled_from(self.leases), max_size=3, unique_by=lambda one: one.attempt_id)
+        )
         revived = []
         for lease in leases:
             rollout, attempt = self.of(lease)
