@@ -4,7 +4,13 @@ Owns the queue, the lifecycle of rollouts and attempts, and the worker actors th
 must not know what is done with the spans, nor what a reward is used for.
 """
 
-from lightning_ray.rollouts.config import RolloutsConfig, check_rollouts, policy_of
+from lightning_ray.rollouts.asking import ask_async
+from lightning_ray.rollouts.config import (
+    RolloutsConfig,
+    check_rollouts,
+    check_task_policies,
+    policy_of,
+)
 from lightning_ray.rollouts.queue import QueueClient, start_queue
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
@@ -28,7 +34,9 @@ __all__ = [
     "RolloutsConfig",
     "WorkerGroup",
     "WorkerRecord",
+    "ask_async",
     "check_rollouts",
+    "check_task_policies",
     "policy_of",
     "start_queue",
 ]

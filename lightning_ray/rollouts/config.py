@@ -1,7 +1,7 @@
 """Configuration of rollouts (Hydra group `rollouts`)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,3 +97,11 @@ def policy_of(
             raise UserError(f"{where}: must be above 0 seconds")
         policy[name] = kind(value)
     return policy
+
+
+def check_task_policies(
+    config: RolloutsConfig, tasks: Iterable[tuple[str, Mapping[str, Any]]]
+) -> None:
+    """Raises UserError for a task (id, data) whose own settings cannot be."""
+    for task_id, task in tasks:
+        policy_of(config, 1.0, task_id, task)

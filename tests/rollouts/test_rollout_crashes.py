@@ -6,6 +6,7 @@ import random
 import secrets
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -43,24 +44,22 @@ def test_a_queue_that_is_killed_again_and_again_loses_and_repeats_nothing(
     acknowledged: dict[str, AttemptOutcome] = {}
     kills = 0
 
+    async def asked(what: str, method: Any, *arguments: Any) -> Any:
+        return await ask_async(lambda: method.remote(*arguments), 60, what)
+
     async def client(number: int) -> None:
         while len(acknowledged) < 2 * ROLLOUTS:
             request = secrets.token_urlsafe(24)
-            lease = await ask_async(
-                lambda: actor.dequeue.remote(0.5, f"w{number}", request), 60, "hand out work"
-            )
+            lease = await asked("hand out work", actor.dequeue, 0.5, f"w{number}", request)
             if lease is None:
                 continue
             leased.append(lease.attempt_id)
-            assert (
-                await ask_async(lambda: actor.resolve.remote(lease.capability), 60, "say whose")
-            ).attempt_id == lease.attempt_id
+            whom = await asked("say whose", actor.resolve, lease.capability)
+            assert whom.attempt_id == lease.attempt_id
             await asyncio.sleep(random.random() * 0.2)
             # Every first attempt fails, every second one succeeds.
             outcome = BAD if lease.number == 1 else GOOD
-            await ask_async(
-                lambda: actor.finish.remote(lease.attempt_id, outcome), 60, "take a report"
-            )
+            await asked("take a report", actor.finish, lease.attempt_id, outcome)
             acknowledged[lease.attempt_id] = outcome
 
     async def killer() -> None:
