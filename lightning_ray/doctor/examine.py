@@ -143,6 +143,7 @@ class Doctor:
                 agent.timeout_s,
                 # A retry would hide what went wrong.
                 max_attempts=1,
+                max_faults=0,
                 group_id=task.id,
             )
             for place, task in enumerate(tasks)

@@ -22,6 +22,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from starlette.responses import Response
 
+from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway.answered import NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
@@ -40,11 +41,13 @@ from lightning_ray.gateway.upstream import (
     upstream_url,
 )
 from lightning_ray.inference import Attribution, attribution_headers
-from lightning_ray.rollouts import Identity
+from lightning_ray.rollouts import Identity, ask_async
 from lightning_ray.spans import RequestLog, SpanClient
 
 log = logging.getLogger(__name__)
 
+RESOLVE_S = 10.0
+"""How long a queue that restarts is waited for."""
 VERSION_HEADER = "x-lightning-ray-version"
 FEEDBACK = "/v1/feedback"
 
@@ -71,6 +74,13 @@ class _Call:
     content: bytes
     by: Attribution
     answerer: Answerer
+
+
+async def _whose(queue: ActorHandle, capability: str, telling: bool = False) -> Identity | None:
+    identity: Identity | None = await ask_async(
+        lambda: queue.resolve.remote(capability, telling), RESOLVE_S, "say whose call it is"
+    )
+    return identity
 
 
 def _error(path: str, status: int, message: str) -> Response:
@@ -173,14 +183,14 @@ class Gateway:
         except TimeoutError:
             limit = self._config.call_timeout_s
             return refuse(path, request, 503, f"not taken within {limit:g} s")
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, InfrastructureError) as error:
             log.error("nobody knows whose %s is: %s", path, error)
             return refuse(path, request, 503, "the door cannot be opened now; try again")
 
     async def _told(self, path: str, capability: str, request: Request) -> Response:
         identity: Identity | None = None
         if self._queue is not None:
-            identity = await self._queue.resolve.remote(capability, True)
+            identity = await _whose(self._queue, capability, telling=True)
         if identity is None:
             return refuse(path, request, 401, "this base URL belongs to no attempt that may tell")
         return await self._intake.attempt(path, identity, request)
@@ -196,7 +206,7 @@ class Gateway:
     async def _attempt(self, capability: str, path: str, request: Request) -> Response:
         identity: Identity | None = None
         if self._queue is not None:
-            identity = await self._queue.resolve.remote(capability)
+            identity = await _whose(self._queue, capability)
         if identity is None:
             raise _Refusal(401, "this base URL belongs to no running attempt")
         _require_served(path, request)

@@ -25,6 +25,7 @@ from lightning_ray.jobs.evaluate_results import JOB, JOB_TAG, end_by_gates, leav
 from lightning_ray.jobs.session import session
 from lightning_ray.jobs.train import settle_paths
 from lightning_ray.policies.models import resolve_model
+from lightning_ray.rollouts import check_task_policies
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training import Parts, RunFolder
 from lightning_ray.training.rehearsal import why
@@ -50,6 +51,7 @@ def evaluate_version(words: Mapping[str, str], overrides: Sequence[str]) -> None
         check_shapes(subject, against)
     settle_paths(config.agent)
     tasks = load_tasks(config.evaluation.tasks)
+    check_task_policies(config.rollouts, ((task.id, task.data) for task in tasks))
     check_agent(config.agent, tasks)
     choose_port(config.gateway)
     for policy in config.policies.values():

@@ -29,6 +29,7 @@ from lightning_ray.jobs.sweep import is_multirun, sweep
 from lightning_ray.learner import check_model_dir
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.policies.models import resolve_model
+from lightning_ray.rollouts import check_task_policies
 from lightning_ray.tracking import (
     Progress,
     RunSummary,
@@ -266,9 +267,11 @@ def load_train_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
     With another `hygiene.leakage` than stop it is for the checks of its step to see to that.
     """
     tasks = load_tasks(config.training.tasks)
+    check_task_policies(config.rollouts, ((task.id, task.data) for task in tasks))
     if config.evaluation.tasks is None:
         return tasks, []
     heldout = load_tasks(config.evaluation.tasks)
+    check_task_policies(config.rollouts, ((task.id, task.data) for task in heldout))
     if config.hygiene.leakage is not HygienePolicy.stop:
         return tasks, heldout
     trained = {task_key(task.data): task.id for task in tasks}

@@ -4,7 +4,13 @@ Owns the queue, the lifecycle of rollouts and attempts, and the worker actors th
 must not know what is done with the spans, nor what a reward is used for.
 """
 
-from lightning_ray.rollouts.config import RolloutsConfig, check_rollouts
+from lightning_ray.rollouts.asking import ask_async
+from lightning_ray.rollouts.config import (
+    RolloutsConfig,
+    check_rollouts,
+    check_task_policies,
+    policy_of,
+)
 from lightning_ray.rollouts.queue import QueueClient, start_queue
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
@@ -13,6 +19,7 @@ from lightning_ray.rollouts.types import (
     RolloutRecord,
     RolloutSpec,
     RolloutStatus,
+    WorkerRecord,
 )
 from lightning_ray.rollouts.worker import WorkerGroup
 
@@ -26,6 +33,10 @@ __all__ = [
     "RolloutStatus",
     "RolloutsConfig",
     "WorkerGroup",
+    "WorkerRecord",
+    "ask_async",
     "check_rollouts",
+    "check_task_policies",
+    "policy_of",
     "start_queue",
 ]

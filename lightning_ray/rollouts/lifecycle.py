@@ -1,20 +1,28 @@
 """The life of rollouts, as a state machine without clocks, processes or network.
 
 Invariants: each dequeue makes a new attempt and gives it to one caller; only the latest attempt
-decides its rollout; a rollout that ended stays as it ended; a capability opens the gateway while
-its attempt is the running one and never again, but for what the attempt still has to tell: that is
-taken for `linger_s` seconds more. `now` is a number of seconds that the caller takes
-from one clock and that never goes back.
+decides its rollout; a rollout that ended stays as it ended, unless somebody retries it; a
+capability opens the gateway while its attempt is the latest one and may still be heard, and never
+again, but for what the attempt still has to tell: that is taken for `linger_s` seconds more.
+
+Every method first decides, then makes one event of each change and applies it. The events are the
+whole history: `apply`, given them again in their order, makes the same state. `now` is a number of
+seconds that the caller takes from one clock and that never goes back.
 """
 
+import base64
 import hashlib
+import hmac
 import secrets
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import NamedTuple
 
+from lightning_ray.rollouts.lives import Attempt, Counts, Event, Expired, Life, Tally, suspended
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
+    AttemptRecord,
     AttemptStatus,
     Identity,
     Lease,
@@ -24,34 +32,24 @@ from lightning_ray.rollouts.types import (
 )
 from lightning_ray.spans import attempt_id_of
 
+LOST = AttemptOutcome(AttemptStatus.UNRESPONSIVE, error="its worker was lost", fault=True)
+OVERDUE = AttemptOutcome(AttemptStatus.UNRESPONSIVE, error="its worker did not report in time")
 
-@dataclass
-class _Attempt:
-    number: int
+
+class _Ready(NamedTuple):
+    """A place in the queue; the lowest is next. It holds while its rollout has the same ticket."""
+
+    urgency: int
+    ticket: int
+    rollout_id: str
+
+
+class _Due(NamedTuple):
+    """When an attempt is to be looked at again."""
+
+    at: float
     attempt_id: str
-    status: AttemptStatus
-    deadline: float
-    digest: bytes
-
-
-@dataclass
-class _Rollout:
-    spec: RolloutSpec
-    status: RolloutStatus = RolloutStatus.QUEUED
-    attempts: list[_Attempt] = field(default_factory=list)
-    outcome: AttemptOutcome | None = None
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many rollouts stand where."""
-
-    queued: int
-    running: int
-    succeeded: int
-    failed: int
-    cancelled: int
-    attempts: int
+    silence: bool
 
 
 class Lifecycle:
@@ -60,20 +58,30 @@ class Lifecycle:
     def __init__(self, run_id: str, grace_s: float, linger_s: float = 0.0):
         """`grace_s`: an attempt not reported this long after its timeout is unresponsive.
 
-        `linger_s`: so long after its end an attempt's telemetry is still taken, at least.
+        `linger_s`: so long after its end an attempt's telemetry is still taken.
         """
+        self.events: list[Event] = []
+        """What has changed, oldest first; whoever keeps it takes it from here."""
+        self.past: list[Life] = []
+        """Rollouts that were forgotten; whoever keeps them takes them from here."""
         self._run_id = run_id
         self._grace_s = grace_s
-        self._rollouts: OrderedDict[str, _Rollout] = OrderedDict()
-        self._queue: deque[str] = deque()
-        self._open: dict[bytes, Identity] = {}
         self._linger_s = linger_s
+        self._now = float("-inf")
+        self._rollouts: OrderedDict[str, Life] = OrderedDict()
+        self._queue: list[_Ready] = []
+        self._tickets = 0
+        self._due: list[_Due] = []
+        self._open: dict[bytes, Identity] = {}
         self._closed: dict[bytes, Identity] = {}
-        self._closing: list[bytes] = []
         self._until: deque[tuple[float, bytes]] = deque()
-        self._attempts = 0
+        self._requests: dict[bytes, str] = {}
+        self._held: dict[str, set[str]] = {}
+        self._tally = Tally()
 
-    def enqueue(self, specs: Iterable[RolloutSpec]) -> int:
+    # What is asked of it
+
+    def enqueue(self, specs: Iterable[RolloutSpec], now: float | None = None) -> int:
         """Queues rollouts in their order; an id that is known already is left as it is.
 
         Returns how many were new.
@@ -81,62 +89,123 @@ class Lifecycle:
         new = 0
         for spec in specs:
             if spec.rollout_id not in self._rollouts:
-                self._rollouts[spec.rollout_id] = _Rollout(spec)
-                self._queue.append(spec.rollout_id)
+                self._do("enqueue", now, spec.rollout_id, spec)
                 new += 1
         return new
 
-    def dequeue(self, now: float) -> Lease | None:
-        """Makes the next attempt, or returns None when nothing is queued."""
+    def dequeue(self, now: float, request: str = "", worker: str = "") -> Lease | None:
+        """Makes the next attempt, or returns None when nothing is queued.
+
+        `request` is a secret of the caller's: the same one gets the same lease again while its
+        attempt lives. `worker` is who will run it, so that it can be lost with it.
+        """
+        if request and (again := self._leased(request)) is not None:
+            return again
+        request = request or secrets.token_urlsafe(24)
         while self._queue:
-            rollout = self._rollouts.get(self._queue.popleft())
-            if rollout is not None and rollout.status is RolloutStatus.QUEUED:
-                return self._begin(rollout, now)
+            ready = heappop(self._queue)
+            life = self._rollouts.get(ready.rollout_id)
+            if life is not None and life.ticket == ready.ticket:
+                attempt_id = attempt_id_of(ready.rollout_id, len(life.attempts) + 1)
+                capability = _capability(request, attempt_id)
+                self._do("begin", now, attempt_id, _digest(capability), worker, _digest(request))
+                return self._lease(life, capability)
         return None
 
-    def finish(self, attempt_id: str, outcome: AttemptOutcome) -> bool:
+    def finish(self, attempt_id: str, outcome: AttemptOutcome, now: float | None = None) -> bool:
         """Takes a worker's report. Returns False, and changes nothing, when it comes too late.
 
-        Late is: for an attempt that is not the running one of its rollout any more.
+        Late is: for an attempt that has been reported or cancelled, or whose rollout has a newer
+        one. An unresponsive attempt that nobody replaced is not late.
         """
-        found = self._running_attempt(attempt_id)
-        if found is None:
+        found = self._latest(attempt_id)
+        if found is None or not (found[1].status is AttemptStatus.RUNNING or suspended(*found)):
             return False
-        self._end(*found, outcome)
+        self._do("end", now, attempt_id, outcome)
         return True
 
-    def cancel(self, rollout_ids: Iterable[str]) -> list[str]:
+    def heard(self, attempt_ids: Iterable[str], now: float) -> list[str]:
+        """Notes that there were spans of these attempts; returns those that it revived."""
+        revived = []
+        for attempt_id in attempt_ids:
+            found = self._latest(attempt_id)
+            if found is None:
+                continue
+            life, attempt = found
+            attempt.heard = max(attempt.heard, now)
+            if suspended(life, attempt) and attempt.digest in self._open:
+                self._do("revive", now, attempt_id)
+                revived.append(attempt_id)
+        return revived
+
+    def heard_all(self, now: float) -> None:
+        """As if a span of every attempt had come: for who could not listen for a while."""
+        for attempt_ids in self._held.values():
+            for attempt_id in attempt_ids:
+                if (found := self._latest(attempt_id)) is not None:
+                    found[1].heard = max(found[1].heard, now)
+
+    def cancel(self, rollout_ids: Iterable[str], now: float | None = None) -> list[str]:
         """Cancels rollouts that have not ended; returns the attempts whose agents must stop."""
         stopping = []
         for rollout_id in rollout_ids:
-            rollout = self._rollouts.get(rollout_id)
-            if rollout is None or rollout.status.ended:
+            life = self._rollouts.get(rollout_id)
+            if life is None or life.status.ended:
                 continue
-            if rollout.status is RolloutStatus.RUNNING:
-                attempt = rollout.attempts[-1]
-                attempt.status = AttemptStatus.CANCELLED
-                self._close(attempt)
-                stopping.append(attempt.attempt_id)
-            rollout.status = RolloutStatus.CANCELLED
+            if life.attempts and life.attempts[-1].digest in self._open:
+                stopping.append(life.attempts[-1].attempt_id)
+            self._do("cancel", now, rollout_id)
         return stopping
 
-    def expire(self, now: float) -> list[str]:
-        """Ends the attempts whose worker is overdue; returns their ids."""
-        overdue = []
-        for rollout in self._rollouts.values():
-            if rollout.status is RolloutStatus.RUNNING and rollout.attempts[-1].deadline < now:
-                attempt = rollout.attempts[-1]
-                lost = AttemptOutcome(
-                    AttemptStatus.UNRESPONSIVE, error="its worker did not report in time"
-                )
-                self._end(rollout, attempt, lost)
-                overdue.append(attempt.attempt_id)
-        # Ends come without a time: they are given the one of the look that first finds them.
-        self._until += [(now + self._linger_s, digest) for digest in self._closing]
-        self._closing.clear()
+    def retry(self, rollout_ids: Iterable[str], now: float | None = None) -> list[str]:
+        """Queues ended rollouts again, with all their attempts; returns those that had ended."""
+        queued = []
+        for rollout_id in rollout_ids:
+            life = self._rollouts.get(rollout_id)
+            if life is not None and life.status.ended:
+                self._do("retry", now, rollout_id)
+                queued.append(rollout_id)
+        return queued
+
+    def lose(self, worker: str, now: float) -> list[str]:
+        """Ends what a lost worker ran, as faults; returns the attempts."""
+        lost = []
+        for attempt_id in sorted(self._held.get(worker, ())):
+            found = self._latest(attempt_id)
+            if found is not None and found[1].digest in self._open:
+                self._do("lost", now, attempt_id)
+                lost.append(attempt_id)
+        return lost
+
+    def expire(self, now: float) -> Expired:
+        """Ends the attempts that were silent for too long or whose worker is overdue."""
+        silent, overdue = [], []
+        while self._due and self._due[0].at < now:
+            due = heappop(self._due)
+            found = self._latest(due.attempt_id)
+            if found is None or found[1].digest not in self._open:
+                continue
+            life, attempt = found
+            if not due.silence:
+                self._do("overdue", now, due.attempt_id)
+                overdue.append(due.attempt_id)
+            elif attempt.heard + life.spec.silence_s >= now:
+                self._watch(life, attempt)
+            elif attempt.status is AttemptStatus.RUNNING:
+                self._do("silent", now, due.attempt_id)
+                silent.append(due.attempt_id)
         while self._until and self._until[0][0] < now:
             self._closed.pop(self._until.popleft()[1], None)
-        return overdue
+        return Expired(silent, overdue)
+
+    def forget(self, rollout_ids: Iterable[str], now: float | None = None) -> None:
+        """Drops rollouts that ended from memory; their spans stay in the store."""
+        for rollout_id in rollout_ids:
+            life = self._rollouts.get(rollout_id)
+            if life is not None and life.status.ended:
+                self._do("forget", now, rollout_id)
+
+    # What can be known
 
     def resolve(self, capability: str, telling: bool = False) -> Identity | None:
         """Whom a capability stands for, or None when it is unknown or its attempt has ended.
@@ -149,55 +218,218 @@ class Lifecycle:
 
     def record(self, rollout_id: str) -> RolloutRecord:
         """The rollout as it stands. Raises KeyError for an unknown id."""
-        rollout = self._rollouts[rollout_id]
-        attempts = tuple((a.attempt_id, a.status) for a in rollout.attempts)
-        return RolloutRecord(rollout.spec, rollout.status, attempts, rollout.outcome)
+        return self._rollouts[rollout_id].record()
+
+    def attempts(self, rollout_id: str) -> list[AttemptRecord]:
+        """Its attempts, oldest first. Raises KeyError for an unknown id."""
+        return self._rollouts[rollout_id].history()
 
     def ended(self, rollout_id: str) -> bool:
         """Whether no further attempt will be made. Raises KeyError for an unknown id."""
         return self._rollouts[rollout_id].status.ended
 
-    def forget(self, rollout_ids: Iterable[str]) -> None:
-        """Drops rollouts that ended from memory; their spans stay in the store."""
-        for rollout_id in rollout_ids:
-            rollout = self._rollouts.get(rollout_id)
-            if rollout is not None and rollout.status.ended:
-                del self._rollouts[rollout_id]
+    def live(self, attempt_id: str) -> bool:
+        """Whether an attempt's agent may go on."""
+        found = self._latest(attempt_id)
+        return found is not None and found[1].digest in self._open
+
+    def held(self) -> dict[str, int]:
+        """How many attempts each worker runs."""
+        return {worker: len(attempts) for worker, attempts in self._held.items() if attempts}
 
     def counts(self) -> Counts:
         """How many rollouts stand where, of those that are remembered."""
-        statuses = [rollout.status for rollout in self._rollouts.values()]
-        return Counts(
-            queued=statuses.count(RolloutStatus.QUEUED),
-            running=statuses.count(RolloutStatus.RUNNING),
-            succeeded=statuses.count(RolloutStatus.SUCCEEDED),
-            failed=statuses.count(RolloutStatus.FAILED),
-            cancelled=statuses.count(RolloutStatus.CANCELLED),
-            attempts=self._attempts,
-        )
+        return self._tally.counts()
 
-    def _begin(self, rollout: _Rollout, now: float) -> Lease:
-        spec = rollout.spec
-        number = len(rollout.attempts) + 1
-        capability = secrets.token_urlsafe(24)
-        attempt = _Attempt(
-            number=number,
-            attempt_id=attempt_id_of(spec.rollout_id, number),
-            status=AttemptStatus.RUNNING,
-            deadline=now + spec.timeout_s + self._grace_s,
-            digest=_digest(capability),
-        )
-        rollout.attempts.append(attempt)
-        rollout.status = RolloutStatus.RUNNING
-        self._attempts += 1
+    def lives(self) -> Iterable[Life]:
+        """Every rollout that is remembered, in the order of arrival."""
+        return self._rollouts.values()
+
+    def snapshot(self) -> list[Event]:
+        """Events that make this state of nothing, but for what only lingers."""
+        made: list[Event] = [("tally", self._now, "", self._tally.attempts)]
+        return made + [("restore", self._now, name, life) for name, life in self._rollouts.items()]
+
+    @property
+    def now(self) -> float:
+        """The latest time of an event; minus infinity before the first."""
+        return self._now
+
+    # What changes it
+
+    def apply(self, event: Event) -> None:
+        """Makes one change that was decided before. Raises KeyError for one that cannot be."""
+        kind, now, name, *rest = event
+        self._now = max(self._now, now)
+        if kind == "enqueue":
+            self._rollouts[name] = life = Life(rest[0])
+            self._tally.add(life)
+            self._place(life)
+        elif kind == "restore":
+            self._restore(rest[0])
+        elif kind == "tally":
+            self._tally.attempts = rest[0]
+        elif kind == "begin":
+            self._begin(self._rollouts[name.rpartition("/")[0]], name, now, *rest)
+        elif kind in ("cancel", "retry", "forget"):
+            getattr(self, f"_{kind}")(self._rollouts[name], now)
+        else:
+            life = self._rollouts[name.rpartition("/")[0]]
+            attempt = life.attempts[-1]
+            if kind == "revive":
+                self._revive(life, attempt)
+            elif kind == "silent":
+                silence = f"no span for {life.spec.silence_s:g} s"
+                self._end(
+                    life, attempt, AttemptOutcome(AttemptStatus.UNRESPONSIVE, error=silence), now
+                )
+                if life.status.ended:
+                    self._close(attempt, now)
+            else:
+                self._close(attempt, now)
+                # One that fell silent before is unresponsive already.
+                if kind != "overdue" or attempt.status is AttemptStatus.RUNNING:
+                    outcome = {"lost": LOST, "overdue": OVERDUE}.get(kind) or rest[0]
+                    self._take_back(life, attempt)
+                    self._end(life, attempt, outcome, now)
+
+    def _do(self, kind: str, now: float | None, name: str, *rest: object) -> None:
+        event = (kind, self._now if now is None else now, name, *rest)
+        self.apply(event)
+        self.events.append(event)
+
+    def _begin(
+        self, life: Life, attempt_id: str, now: float, digest: bytes, worker: str, request: bytes
+    ) -> None:
+        spec = life.spec
+        if life.attempts:
+            # Whatever it still does, it is replaced.
+            self._close(life.attempts[-1], now)
+        deadline = now + spec.timeout_s + self._grace_s
+        attempt = Attempt(attempt_id, digest, deadline, worker, request, now, heard=now)
+        life.attempts.append(attempt)
+        life.ticket = -1
+        self._tally.attempts += 1
+        self._tally.move(life, RolloutStatus.RUNNING)
+        self._admit(life, attempt)
+
+    def _admit(self, life: Life, attempt: Attempt) -> None:
+        spec = life.spec
+        self._requests[attempt.request] = attempt.attempt_id
+        self._held.setdefault(attempt.worker, set()).add(attempt.attempt_id)
         self._open[attempt.digest] = Identity(
             self._run_id, spec.rollout_id, attempt.attempt_id, spec.prompts, spec.note_messages
         )
+        heappush(self._due, _Due(attempt.deadline, attempt.attempt_id, silence=False))
+        if attempt.status is AttemptStatus.RUNNING:
+            self._watch(life, attempt)
+
+    def _watch(self, life: Life, attempt: Attempt) -> None:
+        if life.spec.silence_s > 0:
+            at = attempt.heard + life.spec.silence_s
+            heappush(self._due, _Due(at, attempt.attempt_id, silence=True))
+
+    def _end(self, life: Life, attempt: Attempt, outcome: AttemptOutcome, now: float) -> None:
+        attempt.status, attempt.outcome, attempt.ended = outcome.status, outcome, now
+        life.outcome = outcome
+        # Only a live entry of the queue has the rollout's ticket.
+        life.ticket = -1
+        if outcome.status in (AttemptStatus.SUCCEEDED, AttemptStatus.CANCELLED):
+            self._tally.move(life, RolloutStatus(outcome.status.value))
+            return
+        if outcome.fault:
+            life.faults += 1
+            again = life.faults <= life.spec.max_faults
+        else:
+            life.tries += 1
+            again = life.tries < life.spec.max_attempts and outcome.status in life.spec.retry_on
+        if again:
+            self._place(life)
+            self._tally.move(life, RolloutStatus.QUEUED)
+        else:
+            self._tally.move(life, RolloutStatus.FAILED)
+
+    def _take_back(self, life: Life, attempt: Attempt) -> None:
+        """Undoes what an attempt's silence cost its rollout."""
+        if attempt.outcome is not None:
+            if attempt.outcome.fault:
+                life.faults -= 1
+            else:
+                life.tries -= 1
+
+    def _revive(self, life: Life, attempt: Attempt) -> None:
+        self._take_back(life, attempt)
+        attempt.status, attempt.outcome, attempt.ended = AttemptStatus.RUNNING, None, None
+        life.ticket = -1
+        life.outcome = life.attempts[-2].outcome if len(life.attempts) > 1 else None
+        self._tally.move(life, RolloutStatus.RUNNING)
+        self._watch(life, attempt)
+
+    def _cancel(self, life: Life, now: float) -> None:
+        if life.attempts and life.attempts[-1].digest in self._open:
+            attempt = life.attempts[-1]
+            attempt.status, attempt.ended = AttemptStatus.CANCELLED, now
+            self._close(attempt, now)
+        life.ticket = -1
+        self._tally.move(life, RolloutStatus.CANCELLED)
+
+    def _retry(self, life: Life, now: float) -> None:
+        life.tries = life.faults = 0
+        life.retried = len(life.attempts)
+        self._place(life)
+        self._tally.move(life, RolloutStatus.QUEUED)
+
+    def _forget(self, life: Life, now: float) -> None:
+        del self._rollouts[life.spec.rollout_id]
+        self._tally.drop(life)
+        self.past.append(life)
+
+    def _restore(self, life: Life) -> None:
+        self._rollouts[life.spec.rollout_id] = life
+        self._tally.add(life)
+        if life.status is RolloutStatus.QUEUED:
+            heappush(self._queue, _Ready(-life.spec.priority, life.ticket, life.spec.rollout_id))
+            self._tickets = max(self._tickets, life.ticket)
+        if life.attempts and life.attempts[-1].live:
+            self._admit(life, life.attempts[-1])
+
+    def _place(self, life: Life) -> None:
+        self._tickets += 1
+        life.ticket = self._tickets
+        heappush(self._queue, _Ready(-life.spec.priority, life.ticket, life.spec.rollout_id))
+
+    def _close(self, attempt: Attempt, now: float) -> None:
+        attempt.live = False
+        self._requests.pop(attempt.request, None)
+        if (held := self._held.get(attempt.worker)) is not None:
+            held.discard(attempt.attempt_id)
+            if not held:
+                del self._held[attempt.worker]
+        identity = self._open.pop(attempt.digest, None)
+        if identity is not None and self._linger_s > 0:
+            self._closed[attempt.digest] = identity
+            self._until.append((now + self._linger_s, attempt.digest))
+
+    def _latest(self, attempt_id: str) -> tuple[Life, Attempt] | None:
+        life = self._rollouts.get(attempt_id.rpartition("/")[0])
+        if life is None or not life.attempts or life.attempts[-1].attempt_id != attempt_id:
+            return None
+        return life, life.attempts[-1]
+
+    def _leased(self, request: str) -> Lease | None:
+        attempt_id = self._requests.get(_digest(request))
+        found = None if attempt_id is None else self._latest(attempt_id)
+        if found is None:
+            return None
+        return self._lease(found[0], _capability(request, found[1].attempt_id))
+
+    def _lease(self, life: Life, capability: str) -> Lease:
+        spec = life.spec
         return Lease(
             run_id=self._run_id,
             rollout_id=spec.rollout_id,
-            attempt_id=attempt.attempt_id,
-            number=number,
+            attempt_id=life.attempts[-1].attempt_id,
+            number=len(life.attempts),
             task_id=spec.task_id,
             task=spec.task,
             timeout_s=spec.timeout_s,
@@ -205,34 +437,13 @@ class Lifecycle:
             group_id=spec.group_id,
         )
 
-    def _end(self, rollout: _Rollout, attempt: _Attempt, outcome: AttemptOutcome) -> None:
-        attempt.status = outcome.status
-        self._close(attempt)
-        rollout.outcome = outcome
-        if outcome.status is AttemptStatus.SUCCEEDED:
-            rollout.status = RolloutStatus.SUCCEEDED
-        elif outcome.status is AttemptStatus.CANCELLED:
-            rollout.status = RolloutStatus.CANCELLED
-        elif len(rollout.attempts) < rollout.spec.max_attempts:
-            rollout.status = RolloutStatus.QUEUED
-            self._queue.append(rollout.spec.rollout_id)
-        else:
-            rollout.status = RolloutStatus.FAILED
 
-    def _close(self, attempt: _Attempt) -> None:
-        identity = self._open.pop(attempt.digest, None)
-        if identity is not None and self._linger_s > 0:
-            self._closed[attempt.digest] = identity
-            self._closing.append(attempt.digest)
-
-    def _running_attempt(self, attempt_id: str) -> tuple[_Rollout, _Attempt] | None:
-        rollout = self._rollouts.get(attempt_id.rpartition("/")[0])
-        if rollout is None or rollout.status is not RolloutStatus.RUNNING:
-            return None
-        attempt = rollout.attempts[-1]
-        return (rollout, attempt) if attempt.attempt_id == attempt_id else None
+def _digest(secret: str) -> bytes:
+    # Kept hashed: whoever reads the queue's memory or its journal learns no live capability.
+    return hashlib.sha256(secret.encode()).digest()
 
 
-def _digest(capability: str) -> bytes:
-    # Kept hashed: whoever reads the queue's memory learns no live capability.
-    return hashlib.sha256(capability.encode()).digest()
+def _capability(request: str, attempt_id: str) -> str:
+    # Of the request, so that asking again gives the same one and nobody need keep it.
+    made = hmac.digest(request.encode(), attempt_id.encode(), "sha256")
+    return base64.urlsafe_b64encode(made[:24]).decode()

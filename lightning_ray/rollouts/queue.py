@@ -1,65 +1,126 @@
-"""The queue of rollouts: the actor that owns a run's lifecycle and wakes whoever waits for it."""
+"""The queue of rollouts: the actor that owns a run's lifecycle and wakes whoever waits for it.
+
+Invariant: with a journal, no answer leaves before what it tells is on disk; a queue that dies
+restarts as it was.
+"""
 
 import asyncio
 import logging
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.rollouts.asking import ask
+from lightning_ray.rollouts.clock import Clock
 from lightning_ray.rollouts.config import RolloutsConfig
-from lightning_ray.rollouts.lifecycle import Counts, Lifecycle
+from lightning_ray.rollouts.journal import Journal
+from lightning_ray.rollouts.lifecycle import Lifecycle
+from lightning_ray.rollouts.lives import Counts
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
     Identity,
     Lease,
     RolloutRecord,
     RolloutSpec,
+    WorkerRecord,
 )
+from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 1.0
+LISTEN_EVERY_S = 0.3
+"""How often spans are taken as heartbeats, at most."""
+
+
+@dataclass
+class _Waiter:
+    """Somebody who waits for so many more rollouts."""
+
+    missing: int
+    done: "asyncio.Future[None]"
 
 
 class RolloutQueue:
     """The actor's class. Its methods are safe to repeat; waiting costs no polling."""
 
-    def __init__(self, run_id: str, config: RolloutsConfig):
+    def __init__(
+        self,
+        run_id: str,
+        config: RolloutsConfig,
+        folder: str | None = None,
+        spans: SpanClient | None = None,
+    ):
+        """Goes on with what the journal in `folder` holds; None keeps everything in memory.
+
+        Raises InfrastructureError for a journal that cannot be read.
+        """
+        self._config = config
+        self._spans = spans
         self._lives = Lifecycle(run_id, config.grace_s, config.linger_s)
-        self._work = asyncio.Event()
-        self._ended: dict[str, asyncio.Event] = {}
+        self._journal = None if folder is None else Journal(Path(folder))
+        if self._journal is not None:
+            for event in self._journal.events:
+                self._lives.apply(event)
+            self._journal.events.clear()
+            self._lives.past.clear()
+            if self._journal.torn:
+                log.warning("%d torn bytes cut off the journal's end", self._journal.torn)
+        self._clock = Clock(since=self._lives.now)
+        # Nobody could be heard while this process was down.
+        self._lives.heard_all(self._clock.now())
+        self._last_word = dict.fromkeys(self._lives.held(), self._clock.now())
+        self._last_word.pop("", None)
+        self._lost: set[str] = set()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._waiters: dict[str, list[_Waiter]] = {}
         self._over: dict[str, asyncio.Event] = {}
-        self._expiring: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._retired: set[str] = set()
+
+    async def begin(self) -> None:
+        """A session of the run begins: what an earlier one left unfinished is cancelled."""
+        now = self._clock.now()
+        left = [life.spec.rollout_id for life in self._lives.lives()]
+        self._lives.cancel(left, now)
+        self._lives.forget(left, now)
+        await self._written()
 
     async def enqueue(self, specs: Sequence[RolloutSpec]) -> int:
         """Queues rollouts in order; returns how many were new."""
-        if self._expiring is None:
-            self._expiring = asyncio.create_task(self._expire())
-        new = self._lives.enqueue(specs)
-        self._work.set()
+        new = self._lives.enqueue(specs, self._clock.now())
+        await self._written()
+        self._wake(new)
         return new
 
-    async def dequeue(self, wait_s: float, worker: str = "") -> Lease | None:
+    async def dequeue(self, wait_s: float, worker: str = "", request: str = "") -> Lease | None:
         """The next attempt, for the caller alone; None when there was none for `wait_s` seconds.
 
-        Nor is there any for a worker that has retired.
+        Nor is there any for a worker that has retired. A `request` that is repeated gets the same
+        lease again.
         """
-        deadline = time.monotonic() + wait_s
+        deadline = asyncio.get_running_loop().time() + wait_s
+        self._heard_from(worker)
         while worker not in self._retired:
-            lease = self._lives.dequeue(time.monotonic())
-            if lease is not None:
-                self._over[lease.attempt_id] = asyncio.Event()
-                return lease
-            self._work.clear()
-            try:
-                await asyncio.wait_for(self._work.wait(), deadline - time.monotonic())
-            except TimeoutError:
-                return None
+            replaced = self._lives.dequeue(self._clock.now(), request, worker)
+            if replaced is not None:
+                if replaced.number > 1:
+                    self._release([f"{replaced.rollout_id}/{replaced.number - 1}"])
+                await self._written()
+                return replaced
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            turn = asyncio.get_running_loop().create_future()
+            self._idle.append(turn)
+            # Whether its turn or its time came: it looks once more.
+            await asyncio.wait([turn], timeout=left)
+            turn.cancel()
         return None
 
     async def retire(self, worker: str) -> None:
@@ -69,11 +130,25 @@ class RolloutQueue:
         it is overdue.
         """
         self._retired.add(worker)
-        self._work.set()
+        self._last_word.pop(worker, None)
+        self._wake(len(self._idle))
+
+    async def beat(self, worker: str) -> None:
+        """A worker lives."""
+        self._heard_from(worker)
+
+    async def workers(self) -> list[WorkerRecord]:
+        """Every worker that was heard of: how many attempts it runs, or that it is lost."""
+        held, now = self._lives.held(), self._clock.now()
+        return [
+            WorkerRecord(worker, held.get(worker, 0), worker in self._lost, now - last)
+            for worker, last in self._last_word.items()
+        ]
 
     async def finish(self, attempt_id: str, outcome: AttemptOutcome) -> bool:
         """Takes a worker's report; False when the attempt no longer decides anything."""
-        counted = self._lives.finish(attempt_id, outcome)
+        counted = self._lives.finish(attempt_id, outcome, self._clock.now())
+        await self._written()
         self._release([attempt_id])
         if counted:
             self._after_end([attempt_id])
@@ -81,27 +156,40 @@ class RolloutQueue:
 
     async def wait(self, rollout_ids: Sequence[str], timeout_s: float) -> list[RolloutRecord]:
         """The records of those that have ended within `timeout_s` seconds, in the order asked."""
-        pending = [self._end_event(r).wait() for r in rollout_ids if not self._lives.ended(r)]
-        try:
-            await asyncio.wait_for(asyncio.gather(*pending), timeout_s)
-        except TimeoutError:
+        self._awake()
+        pending = {r for r in rollout_ids if not self._lives.ended(r)}
+        if pending:
+            waiter = _Waiter(len(pending), asyncio.get_running_loop().create_future())
+            for rollout_id in pending:
+                self._waiters.setdefault(rollout_id, []).append(waiter)
             # Not an error: the caller sees from the records which are missing, and asks again.
-            log.debug("rollouts still unfinished after %g s", timeout_s)
+            await asyncio.wait([waiter.done], timeout=timeout_s)
+            self._leave(waiter, pending)
+        await self._written()
         return [self._lives.record(r) for r in rollout_ids if self._lives.ended(r)]
 
     async def cancel(self, rollout_ids: Sequence[str]) -> None:
         """Cancels rollouts; their workers stop the agents."""
-        self._release(self._lives.cancel(rollout_ids))
+        stopping = self._lives.cancel(rollout_ids, self._clock.now())
+        await self._written()
+        self._release(stopping)
         self._notify(rollout_ids)
 
+    async def retry(self, rollout_ids: Sequence[str]) -> list[str]:
+        """Queues ended rollouts again; returns those that had ended."""
+        queued = self._lives.retry(rollout_ids, self._clock.now())
+        await self._written()
+        self._wake(len(queued))
+        return queued
+
     async def cancelled(self, attempt_id: str) -> None:
-        """Returns when the attempt is over: cancelled, overdue or reported.
+        """Returns when the attempt is over: cancelled, overdue, replaced or reported.
 
         Its worker waits here beside the agent. Nothing may wait on after the attempt, for Ray does
         not end a call whose caller lost interest, and an actor has only so many.
         """
-        if (event := self._over.get(attempt_id)) is not None:
-            await event.wait()
+        if self._lives.live(attempt_id):
+            await self._over.setdefault(attempt_id, asyncio.Event()).wait()
 
     async def resolve(self, capability: str, telling: bool = False) -> Identity | None:
         """Whom a capability stands for while its attempt lives; `telling`, a while longer."""
@@ -113,37 +201,100 @@ class RolloutQueue:
 
     async def forget(self, rollout_ids: Sequence[str]) -> None:
         """Drops ended rollouts from memory."""
-        self._lives.forget(rollout_ids)
-        for rollout_id in rollout_ids:
-            self._ended.pop(rollout_id, None)
+        self._lives.forget(rollout_ids, self._clock.now())
+        self._lives.past.clear()
+        await self._written()
+
+    async def _written(self) -> None:
+        """Returns when all that has changed is on disk."""
+        self._awake()
+        events = self._lives.events
+        if self._journal is None:
+            events.clear()
+            return
+        self._journal.add(events)
+        events.clear()
+        await self._journal.durable()
+
+    def _awake(self) -> None:
+        # Not in __init__, which runs outside the event loop.
+        if not self._tasks:
+            self._tasks.append(asyncio.create_task(self._expire()))
+            if self._spans is not None:
+                self._tasks.append(asyncio.create_task(self._listen(self._spans)))
 
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_EVERY_S)
-            overdue = self._lives.expire(time.monotonic())
-            for attempt_id in overdue:
+            now = self._clock.now()
+            silent, overdue = self._lives.expire(now)
+            lost = []
+            for worker, last in self._last_word.items():
+                if worker not in self._lost and last + self._config.worker_lost_s < now:
+                    log.warning("worker %s is lost", worker)
+                    self._lost.add(worker)
+                    lost += self._lives.lose(worker, now)
+            gone = [*silent, *overdue, *lost]
+            for attempt_id in gone:
                 log.warning("attempt %s is unresponsive", attempt_id)
-            self._release(overdue)
-            self._after_end(overdue)
+            try:
+                await self._written()
+                if self._journal is not None and self._journal.large:
+                    self._journal.compact(self._lives.snapshot())
+            except InfrastructureError as error:
+                log.error("the journal: %s", error)
+            # One that was only silent may go on until another attempt begins.
+            self._release([attempt for attempt in gone if not self._lives.live(attempt)])
+            self._after_end(gone)
 
-    def _release(self, attempt_ids: Sequence[str]) -> None:
+    async def _listen(self, spans: SpanClient) -> None:
+        listening = None
+        while True:
+            try:
+                listening, names = await spans.activity(listening, 10)
+                self._lives.heard(names, self._clock.now())
+                await self._written()
+            except (InfrastructureError, ray.exceptions.RayError) as error:
+                log.warning("no spans can be heard: %s", error)
+            await asyncio.sleep(LISTEN_EVERY_S)
+
+    def _heard_from(self, worker: str) -> None:
+        self._awake()
+        if worker and worker not in self._retired:
+            self._last_word[worker] = self._clock.now()
+            self._lost.discard(worker)
+
+    def _release(self, attempt_ids: Iterable[str]) -> None:
         for attempt_id in attempt_ids:
             if (event := self._over.pop(attempt_id, None)) is not None:
                 event.set()
 
     def _after_end(self, attempt_ids: Sequence[str]) -> None:
-        if attempt_ids:
-            # Some are queued again.
-            self._work.set()
-            self._notify([attempt_id.rpartition("/")[0] for attempt_id in attempt_ids])
+        # Some are queued again.
+        self._wake(len(attempt_ids))
+        self._notify([attempt_id.rpartition("/")[0] for attempt_id in attempt_ids])
 
-    def _notify(self, rollout_ids: Sequence[str]) -> None:
+    def _wake(self, number: int) -> None:
+        while number > 0 and self._idle:
+            turn = self._idle.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                number -= 1
+
+    def _notify(self, rollout_ids: Iterable[str]) -> None:
         for rollout_id in rollout_ids:
-            if self._lives.ended(rollout_id) and rollout_id in self._ended:
-                self._ended.pop(rollout_id).set()
+            if rollout_id in self._waiters and self._lives.ended(rollout_id):
+                for waiter in self._waiters.pop(rollout_id):
+                    waiter.missing -= 1
+                    if waiter.missing == 0 and not waiter.done.done():
+                        waiter.done.set_result(None)
 
-    def _end_event(self, rollout_id: str) -> asyncio.Event:
-        return self._ended.setdefault(rollout_id, asyncio.Event())
+    def _leave(self, waiter: _Waiter, rollout_ids: Iterable[str]) -> None:
+        for rollout_id in rollout_ids:
+            if (waiters := self._waiters.get(rollout_id)) is not None:
+                waiters[:] = [other for other in waiters if other is not waiter]
+                if not waiters:
+                    del self._waiters[rollout_id]
 
 
 class QueueClient:
@@ -154,38 +305,56 @@ class QueueClient:
 
     def enqueue(self, specs: Sequence[RolloutSpec], timeout_s: float = 30.0) -> int:
         """Queues rollouts in order; returns how many were new."""
-        return _get(self.actor.enqueue.remote(list(specs)), timeout_s, "queue rollouts")
+        new: int = ask(lambda: self.actor.enqueue.remote(list(specs)), timeout_s, "queue rollouts")
+        return new
 
     def wait(self, rollout_ids: Sequence[str], timeout_s: float) -> list[RolloutRecord]:
         """The records of the rollouts that ended within `timeout_s` seconds."""
-        waiting = self.actor.wait.remote(list(rollout_ids), timeout_s)
-        return _get(waiting, timeout_s + 30, "wait for rollouts")
+        ids = list(rollout_ids)
+        records: list[RolloutRecord] = ask(
+            lambda: self.actor.wait.remote(ids, timeout_s), timeout_s + 30, "wait for rollouts"
+        )
+        return records
 
     def cancel(self, rollout_ids: Sequence[str], timeout_s: float = 30.0) -> None:
         """Cancels rollouts that have not ended."""
-        _get(self.actor.cancel.remote(list(rollout_ids)), timeout_s, "cancel rollouts")
+        ask(lambda: self.actor.cancel.remote(list(rollout_ids)), timeout_s, "cancel rollouts")
+
+    def retry(self, rollout_ids: Sequence[str], timeout_s: float = 30.0) -> list[str]:
+        """Queues ended rollouts again; returns those that had ended."""
+        ids = list(rollout_ids)
+        queued: list[str] = ask(lambda: self.actor.retry.remote(ids), timeout_s, "retry rollouts")
+        return queued
 
     def counts(self, timeout_s: float = 30.0) -> Counts:
         """How many rollouts stand where."""
-        return _get(self.actor.counts.remote(), timeout_s, "count rollouts")
+        counts: Counts = ask(self.actor.counts.remote, timeout_s, "count rollouts")
+        return counts
+
+    def workers(self, timeout_s: float = 30.0) -> list[WorkerRecord]:
+        """The workers that were heard of."""
+        found: list[WorkerRecord] = ask(self.actor.workers.remote, timeout_s, "list its workers")
+        return found
 
     def forget(self, rollout_ids: Sequence[str]) -> None:
         """Drops ended rollouts from the queue's memory, without waiting for it."""
         self.actor.forget.remote(list(rollout_ids))
 
 
-def start_queue(run_id: str, config: RolloutsConfig) -> QueueClient:
-    """Starts the queue of one run."""
-    actor = ray.remote(RolloutQueue).options(num_cpus=0, max_concurrency=10_000)
-    return QueueClient(actor.remote(run_id, config))
+def start_queue(
+    run_id: str,
+    config: RolloutsConfig,
+    folder: Path | None = None,
+    spans: SpanClient | None = None,
+) -> QueueClient:
+    """Starts the queue of one run's session.
 
-
-def _get(reference: "ray.ObjectRef", timeout_s: float, what: str) -> Any:
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
-        raise InfrastructureError(
-            f"the rollout queue did not {what} within {timeout_s:g} s"
-        ) from error
-    except ray.exceptions.RayActorError as error:
-        raise InfrastructureError(f"the rollout queue died: {error}") from error
+    It keeps its journal in `folder`, and restarts from it; without one it is in memory only.
+    `spans` are its heartbeats.
+    """
+    actor = ray.remote(RolloutQueue).options(
+        num_cpus=0, max_concurrency=10_000, max_restarts=0 if folder is None else -1
+    )
+    client = QueueClient(actor.remote(run_id, config, folder and str(folder), spans))
+    client.actor.begin.remote()
+    return client

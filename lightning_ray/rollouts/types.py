@@ -39,9 +39,13 @@ class AttemptStatus(StrEnum):
     TIMED_OUT = "timed_out"
     """The agent was stopped at its time limit."""
     UNRESPONSIVE = "unresponsive"
-    """Its worker did not report in time: a fault of ours, not of the agent."""
+    """Nothing was heard of it for too long: it was silent, or its worker is lost or overdue."""
     CANCELLED = "cancelled"
     """Its rollout was cancelled."""
+
+
+RETRIED = (AttemptStatus.FAILED, AttemptStatus.TIMED_OUT, AttemptStatus.UNRESPONSIVE)
+"""The ends after which another attempt may be made."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ class RolloutSpec:
     """Prompts that the gateway puts in the place of the agent's own in this rollout."""
     note_messages: bool = False
     """Whether the gateway keeps what was said in each call as text, beside an engine's tokens."""
+    silence_s: float = 0.0
+    """An attempt without a span for so long is unresponsive, seconds; 0 sets no limit."""
+    retry_on: tuple[AttemptStatus, ...] = RETRIED
+    """The ends of an attempt after which the agent is tried again."""
+    priority: int = 0
+    """Higher ones are handed out first; those of one priority in the order of their arrival."""
+    max_faults: int = 3
+    """Times that it is tried again after a fault of ours; none of them is an agent's attempt."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,41 @@ class AttemptOutcome:
     """Why it did not succeed, with the end of the agent's stderr."""
     seconds: float = 0.0
     warm: bool = False
+    fault: bool = False
+    """Whether the cause of a failure is ours (a lost worker, a store that is down), not the
+    agent's."""
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """A worker as the queue knows it."""
+
+    worker: str
+    running: int
+    """Attempts that it has; none means that it is idle."""
+    lost: bool
+    silent_s: float
+    """Seconds since its last word."""
+
+    @property
+    def state(self) -> str:
+        """ "idle", "busy N" or "lost"."""
+        if self.lost:
+            return "lost"
+        return f"busy {self.running}" if self.running else "idle"
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """An attempt as the queue knows it. Times are the queue's wall seconds."""
+
+    attempt_id: str
+    status: AttemptStatus
+    worker: str
+    began: float
+    ended: float | None
+    """None while it runs."""
+    outcome: AttemptOutcome | None
 
 
 @dataclass(frozen=True)
@@ -117,6 +164,8 @@ class RolloutRecord:
     """Every attempt's id and status, oldest first."""
     outcome: AttemptOutcome | None
     """Of the latest attempt that ended."""
+    faulted: bool = False
+    """Whether it failed of faults of ours: it says nothing about the agent."""
 
     @property
     def attempt_id(self) -> str:

@@ -2,13 +2,14 @@
 
 Invariant: the spans that say how an attempt ended and what it was worth are stored before the queue
 hears that it ended. A fault of ours (a store that is down, say) is never a reward: the attempt is
-reported as failed, and the rollout's policy decides whether it is tried again.
+reported as a fault, which costs the agent none of its attempts.
 """
 
 import asyncio
 import logging
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -27,7 +28,8 @@ from lightning_ray.agents import (
     load_grader,
     make_launcher,
 )
-from lightning_ray.errors import LightningRayError
+from lightning_ray.errors import InfrastructureError, LightningRayError
+from lightning_ray.rollouts.asking import RETRY_EVERY_S, ask_async
 from lightning_ray.rollouts.config import RolloutsConfig
 from lightning_ray.rollouts.queue import QueueClient
 from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 
 DEQUEUE_WAIT_S = 10.0
 RETIRE_TIMEOUT_S = 3.0
+ASK_TIMEOUT_S = 60.0
+"""How long a queue that restarts is waited for."""
 SHOWN_CHARACTERS = 2000
 """How much of an agent's output goes into spans and reports."""
 
@@ -51,7 +55,10 @@ class RolloutWorker:
         queue: ActorHandle,
         spans: SpanClient,
         gateway_url: str,
+        beat_s: float = 10.0,
     ):
+        """`beat_s`: how often it says that it lives, seconds."""
+        self._beat_s = beat_s
         self._id = secrets.token_hex(8)
         self._config = agent
         self._slots = slots
@@ -68,6 +75,7 @@ class RolloutWorker:
         self._launcher = make_launcher(self._config)
         await self._launcher.start()
         self._running = [asyncio.create_task(self._work()) for _ in range(self._slots)]
+        self._running.append(asyncio.create_task(self._beat()))
 
     async def stop(self) -> None:
         """Stops the agents that run, and takes no more work."""
@@ -87,13 +95,29 @@ class RolloutWorker:
 
     async def _work(self) -> None:
         while True:
+            # The same again when the call is repeated: so nothing is handed out to nobody.
+            request = secrets.token_urlsafe(24)
             try:
-                lease = await self._queue.dequeue.remote(DEQUEUE_WAIT_S, self._id)
-            except ray.exceptions.RayActorError as error:
+                lease: Lease | None = await ask_async(
+                    partial(self._queue.dequeue.remote, DEQUEUE_WAIT_S, self._id, request),
+                    DEQUEUE_WAIT_S + ASK_TIMEOUT_S,
+                    "hand out work",
+                )
+            except InfrastructureError as error:
                 log.error("the rollout queue is gone, this worker slot ends: %s", error)
                 return
             if lease is not None:
                 await self._attempt(lease)
+
+    async def _beat(self) -> None:
+        """Says now and then that this worker lives, also while all its slots are busy."""
+        while True:
+            try:
+                beat = self._queue.beat.remote
+                await ask_async(partial(beat, self._id), ASK_TIMEOUT_S, "hear that a worker lives")
+            except InfrastructureError as error:
+                log.warning("%s", error)
+            await asyncio.sleep(self._beat_s)
 
     async def _attempt(self, lease: Lease) -> None:
         begun = time.time_ns()
@@ -102,18 +126,26 @@ class RolloutWorker:
         except LightningRayError as error:
             # Ours, not the agent's: no reward, and the queue decides about another attempt.
             log.warning("attempt %s failed: %s", lease.attempt_id, error)
-            outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=str(error)), None
+            outcome = AttemptOutcome(AttemptStatus.FAILED, error=str(error), fault=True)
+            result = None
         except Exception as error:
             # A slot that died of a surprise would be missed by nobody: say it, and go on.
             log.exception("attempt %s failed", lease.attempt_id)
             reason = f"{type(error).__name__}: {error}"
-            outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=reason), None
+            outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=reason, fault=True), None
         try:
             await self._spans.append(_end_spans(lease, outcome, result, begun))
         except LightningRayError as error:
             log.error("attempt %s could not be recorded: %s", lease.attempt_id, error)
-            outcome = AttemptOutcome(AttemptStatus.FAILED, error=str(error))
-        await self._queue.finish.remote(lease.attempt_id, outcome)
+            outcome = AttemptOutcome(AttemptStatus.FAILED, error=str(error), fault=True)
+        try:
+            await ask_async(
+                lambda: self._queue.finish.remote(lease.attempt_id, outcome),
+                ASK_TIMEOUT_S,
+                f"take the report of {lease.attempt_id}",
+            )
+        except InfrastructureError as error:
+            log.error("attempt %s could not be reported: %s", lease.attempt_id, error)
 
     async def _run(self, lease: Lease) -> tuple[AttemptOutcome, AgentResult | None]:
         assert self._launcher is not None and self._grader is not None
@@ -154,12 +186,20 @@ class RolloutWorker:
             error=error,
             seconds=result.seconds,
             warm=result.warm,
+            # It never ran, or what had started it was lost.
+            fault=result.end is AgentEnd.LAUNCH_FAILED,
         )
         return outcome, result
 
 
 async def _watch(queue: ActorHandle, attempt_id: str) -> None:
-    await queue.cancelled.remote(attempt_id)
+    while True:
+        try:
+            await queue.cancelled.remote(attempt_id)
+            return
+        except ray.exceptions.ActorUnavailableError:
+            # It restarts, and knows then whether the attempt may go on.
+            await asyncio.sleep(RETRY_EVERY_S)
 
 
 def _verdict(result: AgentResult) -> tuple[AttemptStatus, str]:
@@ -240,8 +280,9 @@ class WorkerGroup:
             max_concurrency=100,
             max_restarts=0,
         )
+        beat_s = config.worker_lost_s / 4
         self._workers = [
-            actor.remote(agent, config.slots_per_worker, queue.actor, spans, gateway_url)
+            actor.remote(agent, config.slots_per_worker, queue.actor, spans, gateway_url, beat_s)
             for _ in range(config.num_workers)
         ]
         ray.get([worker.start.remote() for worker in self._workers], timeout=120)

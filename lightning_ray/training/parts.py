@@ -88,7 +88,9 @@ class Parts:
         models = {n: resolve_model(p.model) for n, p in others.items() if not p.is_upstream}
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
-        self.queue = start_queue(self._folder.run_id, config.rollouts)
+        self.queue = start_queue(
+            self._folder.run_id, config.rollouts, self._folder.path / "rollouts", self.store
+        )
         if learn or models or not config.policy.is_upstream:
             answerers += self._start_models(model, version, models, roles, learn)
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):

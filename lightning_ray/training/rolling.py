@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_ray.agents import Task
 from lightning_ray.evaluation import EvaluationConfig, Outcome, read_outcomes
-from lightning_ray.rollouts import QueueClient, RolloutRecord, RolloutSpec, RolloutStatus
+from lightning_ray.rollouts import QueueClient, RolloutRecord, RolloutSpec, RolloutStatus, policy_of
 from lightning_ray.spans import SpanClient
 from lightning_ray.tracking import Progress
 from lightning_ray.training.config import TrainConfig
@@ -28,9 +28,8 @@ def rollout_specs(
             rollout_id=rollout_id(prefix, session, place, sample),
             task_id=task.id,
             task=task.data,
-            timeout_s=config.agent.timeout_s,
-            max_attempts=config.rollouts.max_attempts,
             group_id=f"{prefix}-{place:04d}",
+            **policy_of(config.rollouts, config.agent.timeout_s, task.id, task.data),
         )
         for place, task in enumerate(tasks)
         for sample in range(samples)

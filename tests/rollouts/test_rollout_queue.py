@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 
 from lightning_ray.errors import UserError
-from lightning_ray.rollouts import RolloutsConfig, check_rollouts
+from lightning_ray.rollouts import (
+    RolloutsConfig,
+    check_rollouts,
+    check_task_policies,
+    policy_of,
+)
 from lightning_ray.rollouts.queue import RolloutQueue
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
@@ -219,3 +224,67 @@ def test_settings_that_no_queue_can_run_with_are_refused(name: str, value: int) 
     check_rollouts(RolloutsConfig())
     with pytest.raises(UserError, match=f"rollouts.{name}={value}"):
         check_rollouts(RolloutsConfig(**{name: value}))
+
+
+def test_a_task_may_say_how_it_is_tried() -> None:
+    config = RolloutsConfig(retry_on=["timed_out"])
+    own = {"rollout": {"timeout_s": 5, "max_attempts": 4, "priority": -1, "silence_s": 2.5}}
+    assert policy_of(config, 60.0, "t", own) == {
+        "timeout_s": 5.0,
+        "max_attempts": 4,
+        "priority": -1,
+        "silence_s": 2.5,
+        "max_faults": 3,
+        "retry_on": (AttemptStatus.TIMED_OUT,),
+    }
+    assert policy_of(config, 60.0, "t", {"rollout": "a word of the task"})["timeout_s"] == 60.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"),
+    [
+        ("timeout_s", 0, "above 0"),
+        ("timeout_s", "5", "must be a number"),
+        ("timeout_s", float("inf"), "finite"),
+        ("max_attempts", 0, "at least 1"),
+        ("max_attempts", 1.5, "whole number"),
+        ("priority", True, "whole number"),
+        ("silence", 3, "no such setting; there are timeout_s, max_attempts"),
+    ],
+)
+def test_what_a_task_may_not_say_is_refused(name: str, value: object, wrong: str) -> None:
+    with pytest.raises(UserError, match=rf"task t: rollout.{name}=.*{wrong}"):
+        check_task_policies(RolloutsConfig(), [("t", {"rollout": {name: value}})])
+
+
+def test_a_span_revives_a_silent_attempt_and_takes_its_rollout_out_of_the_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The spans come from something that says when there were some."""
+    monkeypatch.setattr("lightning_ray.rollouts.queue.EXPIRE_EVERY_S", 0.02)
+    monkeypatch.setattr("lightning_ray.rollouts.queue.LISTEN_EVERY_S", 0.02)
+
+    class Spans:
+        def __init__(self) -> None:
+            self.news: asyncio.Queue[str] = asyncio.Queue()
+
+        async def activity(self, since: Any, timeout_s: float) -> tuple[None, list[str]]:
+            return None, [await self.news.get()]
+
+    async def main() -> None:
+        spans = Spans()
+        queue = RolloutQueue("run", RolloutsConfig(), None, spans)  # type: ignore[arg-type]
+        await queue.enqueue([RolloutSpec("a", "task", {}, 60.0, silence_s=0.5)])
+        lease = await taken(queue)
+        while (await queue.counts()).queued == 0:
+            await asyncio.sleep(0.02)
+        # It is still let in: what it says there is what revives it.
+        assert await queue.resolve(lease.capability) is not None
+        spans.news.put_nowait(lease.attempt_id)
+        while (await queue.counts()).running == 0:
+            await asyncio.sleep(0.02)
+        assert await queue.finish(lease.attempt_id, GOOD)
+        (record,) = await queue.wait(["a"], 1)
+        assert record.attempts == (("a/1", AttemptStatus.SUCCEEDED),)
+
+    run(main())
