@@ -151,10 +151,12 @@ def lifecycle(folder: Path, rollouts: int, clients: int) -> float:
     queue = under_test.start_lives(folder)
     try:
 
-        async def live(number: int) -> None:
-            await under_test.live_once(queue, f"rollout-{number}", f"worker-{number % clients}")
-
         async def measure() -> float:
+            line = under_test.Line(queue.actor)
+
+            async def live(number: int) -> None:
+                await under_test.live_once(line, f"rollout-{number}", f"worker-{number % clients}")
+
             await live(-1)
             return await together(live, list(range(rollouts)), clients)
 

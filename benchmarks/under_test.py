@@ -1,6 +1,7 @@
 """What the benchmarks touch of this package, in one place: its spans, store, queue and door."""
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from lightning_ray.rollouts import (
     RolloutSpec,
     start_queue,
 )
+from lightning_ray.rollouts.line import Line
 from lightning_ray.rollouts.types import Lease
 from lightning_ray.spans import (
     SPAN_SCHEMA,
@@ -196,19 +198,22 @@ def shard_processes(client: SpanClient) -> list[psutil.Process]:
 
 
 def start_lives(folder: Path) -> Any:
-    """The queue of rollouts as an actor; the client."""
-    return start_queue(RUN, RolloutsConfig())
+    """The queue of rollouts as an actor, with its journal in the folder; the client."""
+    return start_queue(RUN, RolloutsConfig(), folder / "rollouts")
 
 
-async def live_once(queue: Any, rollout_id: str, worker: str) -> None:
-    """Enqueue, dequeue, finish: one call of the queue each. Raises RuntimeError when one fails."""
+async def live_once(line: Line, rollout_id: str, worker: str) -> None:
+    """Enqueue, dequeue, finish: a call of the queue each. Raises RuntimeError when one fails.
+
+    `line` is what the slots of one worker share, as the peer's callers share one client.
+    """
     task = {"question": f"What is {rollout_id} plus 30?"}
-    await queue.actor.enqueue.remote([RolloutSpec(rollout_id, rollout_id, task, 600.0)])
-    lease: Lease | None = await queue.actor.dequeue.remote(10.0, worker)
+    await line.enqueue([RolloutSpec(rollout_id, rollout_id, task, 600.0)])
+    lease = await line.dequeue(10.0, worker, secrets.token_urlsafe(24))
     if lease is None:
         raise RuntimeError("nothing to dequeue after an enqueue")
     outcome = AttemptOutcome(AttemptStatus.SUCCEEDED, {"reward": 1.0})
-    if not await queue.actor.finish.remote(lease.attempt_id, outcome):
+    if not await line.finish(lease.attempt_id, outcome):
         raise RuntimeError(f"the report on {lease.attempt_id} did not count")
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -20,6 +21,7 @@ from lightning_ray.rollouts.clock import Clock
 from lightning_ray.rollouts.config import RolloutsConfig
 from lightning_ray.rollouts.journal import Journal
 from lightning_ray.rollouts.lifecycle import Lifecycle
+from lightning_ray.rollouts.line import Call
 from lightning_ray.rollouts.lives import Counts
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
@@ -34,6 +36,7 @@ from lightning_ray.spans import SpanClient
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 1.0
+_TOGETHER = frozenset({"enqueue", "dequeue", "finish"})
 LISTEN_EVERY_S = 0.3
 """How often spans are taken as heartbeats, at most."""
 
@@ -153,6 +156,17 @@ class RolloutQueue:
         if counted:
             self._after_end([attempt_id])
         return counted
+
+    async def together(self, calls: Sequence[Call]) -> list[Any]:
+        """Answers calls that came in one message (`Line`), each as if it had come alone.
+
+        An answer may be the exception that its call raised. They share one fsync as well.
+        """
+        for method, _ in calls:
+            if method not in _TOGETHER:
+                raise ValueError(f"{method} is no call that comes with others")
+        answers = (getattr(self, method)(*arguments) for method, arguments in calls)
+        return await asyncio.gather(*answers, return_exceptions=True)
 
     async def wait(self, rollout_ids: Sequence[str], timeout_s: float) -> list[RolloutRecord]:
         """The records of those that have ended within `timeout_s` seconds, in the order asked."""

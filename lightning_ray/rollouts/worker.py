@@ -31,6 +31,7 @@ from lightning_ray.agents import (
 from lightning_ray.errors import InfrastructureError, LightningRayError
 from lightning_ray.rollouts.asking import RETRY_EVERY_S, ask_async
 from lightning_ray.rollouts.config import RolloutsConfig
+from lightning_ray.rollouts.line import Line
 from lightning_ray.rollouts.queue import QueueClient
 from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
 from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
@@ -63,6 +64,7 @@ class RolloutWorker:
         self._config = agent
         self._slots = slots
         self._queue = queue
+        self._line = Line(queue, ASK_TIMEOUT_S)
         self._spans = spans
         self._gateway_url = gateway_url
         self._running: list[asyncio.Task[None]] = []
@@ -98,11 +100,7 @@ class RolloutWorker:
             # The same again when the call is repeated: so nothing is handed out to nobody.
             request = secrets.token_urlsafe(24)
             try:
-                lease: Lease | None = await ask_async(
-                    partial(self._queue.dequeue.remote, DEQUEUE_WAIT_S, self._id, request),
-                    DEQUEUE_WAIT_S + ASK_TIMEOUT_S,
-                    "hand out work",
-                )
+                lease = await self._line.dequeue(DEQUEUE_WAIT_S, self._id, request)
             except InfrastructureError as error:
                 log.error("the rollout queue is gone, this worker slot ends: %s", error)
                 return
@@ -139,11 +137,7 @@ class RolloutWorker:
             log.error("attempt %s could not be recorded: %s", lease.attempt_id, error)
             outcome = AttemptOutcome(AttemptStatus.FAILED, error=str(error), fault=True)
         try:
-            await ask_async(
-                lambda: self._queue.finish.remote(lease.attempt_id, outcome),
-                ASK_TIMEOUT_S,
-                f"take the report of {lease.attempt_id}",
-            )
+            await self._line.finish(lease.attempt_id, outcome)
         except InfrastructureError as error:
             log.error("attempt %s could not be reported: %s", lease.attempt_id, error)
 

@@ -408,17 +408,17 @@ def test_an_attempt_that_ended_may_tell_for_a_while_and_call_no_more(end: str) -
     assert identity is not None and lives.resolve(lease.capability, telling=True) == identity
     now = 5.0
     if end == "finish":
-        assert lives.finish(lease.attempt_id, AttemptOutcome(AttemptStatus.SUCCEEDED))
+        assert lives.finish(lease.attempt_id, AttemptOutcome(AttemptStatus.SUCCEEDED), now)
     elif end == "cancel":
-        lives.cancel(["a"])
+        lives.cancel(["a"], now)
     else:
         now = 10.0 + GRACE_S + 1
-        assert lives.expire(now) == [lease.attempt_id]
-    lives.forget(["a"])
+        assert lives.expire(now).overdue == [lease.attempt_id]
+    lives.forget(["a"], now)
     assert lives.resolve(lease.capability) is None
     for later in (now, now + 29, now + 30):
         lives.expire(later)
         assert lives.resolve(lease.capability, telling=True) == identity
     lives.expire(now + 31)
     assert lives.resolve(lease.capability, telling=True) is None
-    assert not lives._closed and not lives._until and not lives._closing
+    assert not lives._closed and not lives._until

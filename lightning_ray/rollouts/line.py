@@ -1,0 +1,88 @@
+"""A process's line to the queue: calls that come while others are under way share one message.
+
+Invariant: each caller gets the answer to its own call, as if it had called the queue by itself. A
+message costs the queue's actor about a millisecond whatever is in it, and a worker has many slots.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.rollouts.asking import ask_async
+from lightning_ray.rollouts.types import AttemptOutcome, Lease, RolloutSpec
+
+Call = tuple[str, tuple[Any, ...]]
+"""A method of the queue that `RolloutQueue.together` takes, and its arguments."""
+
+MOST = 512
+"""Calls of one message."""
+
+
+class Line:
+    """Calls of one event loop to one queue. Each raises InfrastructureError after its timeout."""
+
+    def __init__(self, queue: ActorHandle, timeout_s: float = 60.0):
+        """`timeout_s`: how long a queue that restarts is waited for, beside what a call waits."""
+        self._queue = queue
+        self._timeout_s = timeout_s
+        self._waiting: list[tuple[Call, asyncio.Future[Any]]] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    async def enqueue(self, specs: Sequence[RolloutSpec]) -> int:
+        """Queues rollouts in order; returns how many were new."""
+        new: int = await self._call("enqueue", list(specs))
+        return new
+
+    async def dequeue(self, wait_s: float, worker: str, request: str) -> Lease | None:
+        """The next attempt, for the caller alone; None when there was none for `wait_s` seconds.
+
+        A `request` that is repeated gets the same lease again.
+        """
+        lease: Lease | None = await self._call("dequeue", 0.0, worker, request)
+        if lease is None and wait_s > 0:
+            # Whoever has to wait waits alone: a shared message would keep the others waiting.
+            make = partial(self._queue.dequeue.remote, wait_s, worker, request)
+            lease = await ask_async(make, wait_s + self._timeout_s, "hand out work")
+        return lease
+
+    async def finish(self, attempt_id: str, outcome: AttemptOutcome) -> bool:
+        """Reports an attempt; False when it no longer decides anything."""
+        counted: bool = await self._call("finish", attempt_id, outcome)
+        return counted
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append(((method, arguments), answer))
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send())
+        return await answer
+
+    async def _send(self) -> None:
+        # One turn of the loop: those who are ready now go along.
+        await asyncio.sleep(0)
+        while self._waiting:
+            some, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+            calls = [call for call, _ in some]
+            make = partial(self._queue.together.remote, calls)
+            answers: list[Any] = []
+            try:
+                answers = await ask_async(make, self._timeout_s, f"answer {len(calls)} calls")
+            except (InfrastructureError, ray.exceptions.RayError) as error:
+                answers = [error] * len(calls)
+            finally:
+                # Nobody may wait for an answer that never comes: this task may be cancelled too.
+                if not answers:
+                    for _, answer in some:
+                        answer.cancel()
+            for (_, answer), given in zip(some, answers, strict=True):
+                if answer.done():
+                    continue
+                if isinstance(given, Exception):
+                    answer.set_exception(given)
+                else:
+                    answer.set_result(given)
