@@ -35,6 +35,7 @@ from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 120.0
 EXPIRE_EVERY_S = 1.0
 _TOGETHER = frozenset({"enqueue", "dequeue", "finish"})
 LISTEN_EVERY_S = 0.3
@@ -364,11 +365,12 @@ def start_queue(
     """Starts the queue of one run's session.
 
     It keeps its journal in `folder`, and restarts from it; without one it is in memory only.
-    `spans` are its heartbeats.
+    `spans` are its heartbeats. Raises InfrastructureError when it does not start.
     """
     actor = ray.remote(RolloutQueue).options(
         num_cpus=0, max_concurrency=10_000, max_restarts=0 if folder is None else -1
     )
     client = QueueClient(actor.remote(run_id, config, folder and str(folder), spans))
-    client.actor.begin.remote()
+    # Waited for: an actor's calls may overtake each other, and this one clears the table.
+    ask(client.actor.begin.remote, START_TIMEOUT_S, "begin")
     return client
