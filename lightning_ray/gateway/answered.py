@@ -99,7 +99,7 @@ class AnsweredCall(ABC):
         return attributes
 
     async def _append(
-        self, kind: SpanKind, said: Reply, status: SpanStatus, attributes: Json
+        self, kind: SpanKind, said: Reply, status: SpanStatus, attributes: Json, **columns: Any
     ) -> None:
         row = span(
             kind,
@@ -113,6 +113,7 @@ class AnsweredCall(ABC):
             policy=self._policy,
             finish_reason=said.finish_reason,
             attributes=attributes,
+            **columns,
         )
         await self._spans.append([row])
         self._log.stored(self._by.attempt_id, row["span_id"], self._request)

@@ -65,7 +65,16 @@ class UpstreamCall(AnsweredCall):
         }
         if self._first_ns is not None:
             attributes["first_token_ms"] = (self._first_ns - self._start_ns) / 1e6
-        await self._append(SpanKind.MODEL_CALL, said, status, attributes)
+        await self._append(
+            SpanKind.MODEL_CALL,
+            said,
+            status,
+            attributes,
+            model=said.model,
+            input_tokens=said.input_tokens,
+            output_tokens=said.output_tokens,
+            cost_usd=self._cost(said),
+        )
 
     def _cost(self, said: Reply) -> float | None:
         """US dollars; None without any price, or where the reply did not say how many tokens."""

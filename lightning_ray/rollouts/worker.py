@@ -35,6 +35,7 @@ from lightning_ray.rollouts.line import Line
 from lightning_ray.rollouts.queue import QueueClient
 from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
 from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
+from lightning_ray.spans.rewards import GRADER
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ def _end_spans(
         )
     ]
     for name, value in outcome.rewards.items():
-        rows.append(span(SpanKind.REWARD, name, **place, value=value))
+        rows.append(span(SpanKind.REWARD, name, **place, value=value, source=GRADER))
     return rows
 
 

@@ -126,6 +126,8 @@ def test_what_an_upstream_said_and_cost_is_recorded_and_its_key_is_not(door, how
     assert told["reply"]["text"] == "42"
     assert told["usage"] == {"input_tokens": 1000, "output_tokens": 100}
     assert told["cost_usd"] == pytest.approx(0.002)
+    assert (span["input_tokens"], span["output_tokens"]) == (1000, 100)
+    assert span["cost_usd"] == told["cost_usd"]
     assert told["request"]["messages"][0]["content"] == "Be brief."
     assert SECRET not in json.dumps(span) and "the-agents-own" not in json.dumps(span)
 
