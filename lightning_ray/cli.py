@@ -85,6 +85,18 @@ COMMANDS = {
             ("remove RUN [keep_days=N] [keep_bytes=N] [--yes]", "remove its sealed spans"),
         ),
     ),
+    "rollouts": Command(
+        "rollouts",
+        (
+            (
+                "ls RUN [status=STATUS] [task=ID] [group=ID] [attempts=N] [limit=N]",
+                "the rollouts of a run",
+            ),
+            ("show RUN ROLLOUT", "its attempts, rewards and spans"),
+            ("retry | cancel RUN ROLLOUT ...", "of a run that is going on; also cancel RUN all"),
+            ("workers RUN", "who is idle, busy or lost"),
+        ),
+    ),
     "finetune": Command(
         "finetune",
         (

@@ -228,6 +228,10 @@ class Lifecycle:
         """Whether no further attempt will be made. Raises KeyError for an unknown id."""
         return self._rollouts[rollout_id].status.ended
 
+    def known(self, rollout_id: str) -> bool:
+        """Whether a rollout is remembered."""
+        return rollout_id in self._rollouts
+
     def live(self, attempt_id: str) -> bool:
         """Whether an attempt's agent may go on."""
         found = self._latest(attempt_id)

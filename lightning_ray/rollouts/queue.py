@@ -23,6 +23,7 @@ from lightning_ray.rollouts.journal import Journal
 from lightning_ray.rollouts.lifecycle import Lifecycle
 from lightning_ray.rollouts.line import Call
 from lightning_ray.rollouts.lives import Counts
+from lightning_ray.rollouts.requests import Requests
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
     Identity,
@@ -68,6 +69,7 @@ class RolloutQueue:
         self._spans = spans
         self._lives = Lifecycle(run_id, config.grace_s, config.linger_s)
         self._journal = None if folder is None else Journal(Path(folder))
+        self._requests = None if folder is None else Requests(Path(folder))
         if self._journal is not None:
             for event in self._journal.events:
                 self._lives.apply(event)
@@ -256,11 +258,27 @@ class RolloutQueue:
                 await self._written()
                 if self._journal is not None and self._journal.large:
                     self._journal.compact(self._lives.snapshot())
+                await self._answer_requests()
             except InfrastructureError as error:
                 log.error("the journal: %s", error)
             # One that was only silent may go on until another attempt begins.
             self._release([attempt for attempt in gone if not self._lives.live(attempt)])
             self._after_end(gone)
+
+    async def _answer_requests(self) -> None:
+        """Does what somebody asks for by a file in the run's folder (`requests`)."""
+        if self._requests is None:
+            return
+        for path, operation, names in await asyncio.to_thread(self._requests.take):
+            answer: list[Any]
+            if operation == "workers":
+                answer = [(w.worker, w.state, w.silent_s) for w in await self.workers()]
+            elif operation == "retry":
+                answer = await self.retry(names)
+            else:
+                answer = [n for n in names if self._lives.known(n) and not self._lives.ended(n)]
+                await self.cancel(answer)
+            await asyncio.to_thread(self._requests.answer, path, answer)
 
     async def _listen(self, spans: SpanClient) -> None:
         listening = None
