@@ -90,6 +90,11 @@ class Journal:
         self._since_snapshot += len(lines)
 
     @property
+    def broken(self) -> bool:
+        """Whether the disk has refused: nothing more is written, and the memory is ahead of it."""
+        return self._broken is not None
+
+    @property
     def large(self) -> bool:
         """Whether it is time for `compact`."""
         return self._since_snapshot > COMPACT_BYTES and self._written is None

@@ -6,6 +6,7 @@ restarts as it was.
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -261,6 +262,9 @@ class RolloutQueue:
                 await self._answer_requests()
             except InfrastructureError as error:
                 log.error("the journal: %s", error)
+                if self._journal is not None and self._journal.broken:
+                    # Ray starts this actor again, from what is on the disk; callers repeat.
+                    os._exit(1)
             # One that was only silent may go on until another attempt begins.
             self._release([attempt for attempt in gone if not self._lives.live(attempt)])
             self._after_end(gone)

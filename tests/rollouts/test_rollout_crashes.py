@@ -5,6 +5,7 @@ import os
 import random
 import secrets
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,27 @@ def test_what_a_lost_worker_ran_is_a_fault_and_a_worker_shows_its_state(
         assert await queue.finish(lease.attempt_id, GOOD)
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_queue_on_a_full_disk_forgets_nothing_that_it_answered(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    done = subprocess.run(mounting, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"only root may mount a small disk: {done.stderr.strip()}")
+    queue = start_queue("run", RolloutsConfig(), disk / "rollouts")
+    try:
+        assert queue.enqueue([spec("first")]) == 1
+        large = RolloutSpec("large", "task", {"q": "x" * 200_000}, 60.0)
+        with pytest.raises(InfrastructureError, match=r"No space left on device|did not queue"):
+            queue.enqueue([large], timeout_s=8)
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        # It has started again, from what is written; what it refused may be sent again.
+        assert queue.enqueue([spec("first"), large], timeout_s=60) == 1
+        assert queue.counts().queued == 2
+    finally:
+        ray.kill(queue.actor)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
