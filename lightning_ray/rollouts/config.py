@@ -34,7 +34,7 @@ class RolloutsConfig:
     """The ends of an attempt after which the agent is tried again."""
     max_faults: int = 3
     """Times that a rollout is tried again after a fault of ours, beside the agent's attempts."""
-    worker_lost_s: float = 30.0
+    worker_lost_s: float = 60.0
     """A worker that says nothing for so long is lost, and what it ran is tried again, seconds."""
     grace_s: float = 15.0
     """An attempt that is not reported this long after its timeout lost its worker, seconds."""
