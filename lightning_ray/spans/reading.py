@@ -94,9 +94,9 @@ class ShardReader:
                 return number << 32 | first + table.num_rows, table
             except (KeyError, FileNotFoundError):
                 # In the archive alone, in another order: all of it, also what was given before.
-                if first < self._sealed.known[number].rows:
-                    table = self._sealed.read(number)
-                    return number << 32 | table.num_rows, table
+                rows = self._sealed.known[number].rows
+                if first < rows and (table := self._sealed.read(number)).num_rows:
+                    return number << 32 | rows, table
         return after, SPAN_SCHEMA.empty_table()
 
 
