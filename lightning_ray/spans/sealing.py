@@ -129,7 +129,7 @@ class SealedSegments:
         """Spans of this shard that were removed."""
         return sum(
             file.rows
-            for sealed in self.known.values()
+            for sealed in list(self.known.values())
             for file in sealed.files
             if (sealed.archive, file.path) in self.gone
         )

@@ -199,13 +199,13 @@ class SpanStore:
         return StoreStats(
             spans=self._index.spans,
             segments=len(self._segments.known),
-            bytes=sum(segment.size for segment in self._segments.known.values()),
+            bytes=sum(segment.size for segment in list(self._segments.known.values())),
             duplicates=self._duplicates,
             lost_bytes=damage.lost_bytes,
             damaged_bytes=damage.damaged_bytes + damage.missing_bytes,
             mended_bytes=damage.mended_bytes,
             sealed=len(self._sealed.known),
-            sealed_bytes=sum(sealed.bytes for sealed in self._sealed.known.values()),
+            sealed_bytes=sum(sealed.bytes for sealed in list(self._sealed.known.values())),
             removed=self._sealed.removed,
         )
 
