@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 
-from lightning_ray.errors import InfrastructureError
+from lightning_ray.errors import InfrastructureError, LightningRayError
 from lightning_ray.spans.archive import check_archive
 from lightning_ray.spans.config import SpansConfig
 from lightning_ray.spans.layout import prepare_folder, shard_of
@@ -74,7 +74,8 @@ class SpanClient:
     def read(self, attempt_ids: Sequence[str]) -> "ray.ObjectRef[pa.Table]":
         """A reference to the table of these attempts' spans, by attempt as asked and `sequence`.
 
-        Pass it on, or `get` it: its buffers are the object store's.
+        Pass it on, or `get` it: its buffers are the object store's. Fetching it raises SpansRemoved
+        when some of it was removed, as every way of reading rollouts does.
         """
         return self._asked("read", "attempt_id", attempt_ids, rollout_of)
 
@@ -268,6 +269,8 @@ class SpanClient:
             raise InfrastructureError(f"the span store {missing} for {limit:g} s") from error
         except ray.exceptions.RayActorError as error:
             raise InfrastructureError(f"the span store died: {error}") from error
+        except ray.exceptions.RayTaskError as error:
+            raise _own_error(error) from None
 
     def _get(self, call: Callable[[], Any], missing: str) -> Any:
         """As `_await`, for a caller without an event loop."""
@@ -282,6 +285,16 @@ class SpanClient:
                 raise InfrastructureError(f"the span store {missing} for {limit:g} s") from error
             except ray.exceptions.RayActorError as error:
                 raise InfrastructureError(f"the span store died: {error}") from error
+            except ray.exceptions.RayTaskError as error:
+                raise _own_error(error) from None
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What a shard raised on purpose, as it raised it; else the error with Ray's account of it."""
+    cause: BaseException | None = error
+    while isinstance(cause, ray.exceptions.RayTaskError):
+        cause = cause.cause
+    return cause if isinstance(cause, LightningRayError) else error
 
 
 @ray.remote(num_cpus=0)

@@ -6,6 +6,7 @@ removed is on record before that (`retention`).
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from lightning_ray.spans.retention import (
 from lightning_ray.spans.segments import Segments
 
 log = logging.getLogger(__name__)
+
+REMOVE_TIMEOUT_S = 30.0
+"""How long another process that removes from the same folder is waited for, seconds."""
 
 
 class SealedSegments:
@@ -102,11 +106,16 @@ class SealedSegments:
             ):
                 # What stays of it is in the archive.
                 self._segments.forget(number)
-        try:
-            remove(self._folder, plan, now_ns)
-        except UserError as error:
-            log.info("%s", error)
-            return 0
+        deadline = time.monotonic() + REMOVE_TIMEOUT_S
+        while True:
+            try:
+                remove(self._folder, plan, now_ns)
+                break
+            except UserError as error:
+                # The other shards of this store remove too, one at a time.
+                if time.monotonic() > deadline:
+                    raise InfrastructureError(str(error)) from error
+                time.sleep(0.05)
         self.gone |= going
         return plan.rows
 

@@ -13,7 +13,14 @@ import pytest
 import ray
 from spans_support import row
 
-from lightning_ray.spans import SPAN_SCHEMA, SpanClient, SpansConfig, start_store, to_batch
+from lightning_ray.spans import (
+    SPAN_SCHEMA,
+    SpanClient,
+    SpansConfig,
+    SpansRemoved,
+    start_store,
+    to_batch,
+)
 from lightning_ray.spans.layout import shard_of
 
 ROLLOUTS = [f"rollout-{number}" for number in range(8)]
@@ -126,3 +133,21 @@ def test_activity_names_the_attempts_that_got_spans(store: SpanClient) -> None:
         assert heard == []
 
     asyncio.run(run())
+
+
+def test_what_was_removed_is_said_in_one_line_by_every_shard(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    store = start_store(str(tmp_path), SpansConfig(shards=2))
+    asyncio.run(store.append([row(rollout, f"{rollout}/1") for rollout in ROLLOUTS]))
+    assert store.remove_run("run") == len(ROLLOUTS)
+    for reading in (
+        lambda: store.rollouts(ROLLOUTS),
+        lambda: store.get([f"{ROLLOUTS[0]}/1"]),
+        lambda: asyncio.run(store.fetch([f"{ROLLOUTS[1]}/1"])),
+    ):
+        with pytest.raises(SpansRemoved) as raised:
+            reading()
+        assert "of run run, removed" in str(raised.value) and "\n" not in str(raised.value)
+    assert store.stats().removed == len(ROLLOUTS)
+    store.close()
