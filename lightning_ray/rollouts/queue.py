@@ -7,6 +7,7 @@ restarts as it was.
 import asyncio
 import logging
 import os
+import pickle
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.actor import ActorHandle
 
 from lightning_ray.errors import InfrastructureError
@@ -60,14 +62,16 @@ class RolloutQueue:
         run_id: str,
         config: RolloutsConfig,
         folder: str | None = None,
-        spans: SpanClient | None = None,
+        spans: bytes | None = None,
     ):
         """Goes on with what the journal in `folder` holds; None keeps everything in memory.
+
+        `spans` is a pickled SpanClient, of the process that made this actor.
 
         Raises InfrastructureError for a journal that cannot be read.
         """
         self._config = config
-        self._spans = spans
+        self._spans: SpanClient | None = None if spans is None else pickle.loads(spans)
         self._lives = Lifecycle(run_id, config.grace_s, config.linger_s)
         self._journal = None if folder is None else Journal(Path(folder))
         self._requests = None if folder is None else Requests(Path(folder))
@@ -215,6 +219,7 @@ class RolloutQueue:
 
     async def counts(self) -> Counts:
         """How many rollouts stand where."""
+        self._awake()
         return self._lives.counts()
 
     async def forget(self, rollout_ids: Sequence[str]) -> None:
@@ -392,7 +397,9 @@ def start_queue(
     actor = ray.remote(RolloutQueue).options(
         num_cpus=0, max_concurrency=10_000, max_restarts=0 if folder is None else -1
     )
-    client = QueueClient(actor.remote(run_id, config, folder and str(folder), spans))
+    # As bytes: arguments with references in them may be gone when the actor restarts.
+    heartbeats = None if spans is None else cloudpickle.dumps(spans)
+    client = QueueClient(actor.remote(run_id, config, folder and str(folder), heartbeats))
     # Waited for: an actor's calls may overtake each other, and this one clears the table.
     ask(client.actor.begin.remote, START_TIMEOUT_S, "begin")
     return client

@@ -9,6 +9,7 @@ import hashlib
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -270,11 +271,14 @@ def _split(keys: pa.Table) -> Iterator[pa.Table]:
     keys = keys.append_column(_NUMBER, pa.array(range(keys.num_rows), pa.int64()))
     order = [(name, "ascending") for name in (*_PARTITION, *_ORDER)]
     keys = keys.combine_chunks().sort_by(order)
-    counts = keys.group_by(list(_PARTITION), use_threads=False).aggregate([([], "count_all")])
-    start = 0
-    for rows in counts["count_all"].to_pylist():
-        yield keys.slice(start, rows)
-        start += rows
+    changed = np.zeros(max(keys.num_rows - 1, 0), np.bool_)
+    for name in _PARTITION:
+        names = keys[name].combine_chunks().dictionary_encode(null_encoding="encode")
+        changed |= np.diff(names.indices.to_numpy()) != 0
+    starts = [0, *(np.flatnonzero(changed) + 1).tolist(), keys.num_rows]
+    for start, end in pairwise(starts):
+        if end > start:
+            yield keys.slice(start, end - start)
 
 
 def _quoted(text: str | None) -> str:
