@@ -62,16 +62,16 @@ class RolloutQueue:
         run_id: str,
         config: RolloutsConfig,
         folder: str | None = None,
-        spans: bytes | None = None,
+        spans: SpanClient | bytes | None = None,
     ):
         """Goes on with what the journal in `folder` holds; None keeps everything in memory.
 
-        `spans` is a pickled SpanClient, of the process that made this actor.
+        `spans` are its heartbeats; as bytes, pickled by the process that made this actor.
 
         Raises InfrastructureError for a journal that cannot be read.
         """
         self._config = config
-        self._spans: SpanClient | None = None if spans is None else pickle.loads(spans)
+        self._spans: SpanClient | None = pickle.loads(spans) if isinstance(spans, bytes) else spans
         self._lives = Lifecycle(run_id, config.grace_s, config.linger_s)
         self._journal = None if folder is None else Journal(Path(folder))
         self._requests = None if folder is None else Requests(Path(folder))
