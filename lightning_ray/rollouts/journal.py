@@ -14,6 +14,7 @@ from pathlib import Path
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.rollouts.lives import Event
 from lightning_ray.rollouts.wire import decode, encode
+from lightning_ray.spans.durable import sync_folder
 
 NAME = "journal.log"
 COMPACT_BYTES = 64 * 1024 * 1024
@@ -33,7 +34,7 @@ class Journal:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             os.ftruncate(self._file, whole)
             os.fsync(self._file)
-            _sync_folder(folder)
+            sync_folder(folder)
         except OSError as error:
             raise InfrastructureError(f"{self._path}: {error.strerror}") from error
         self._since_snapshot = whole
@@ -109,7 +110,7 @@ class Journal:
                 lines = lines[os.write(file, lines) :]
             os.fsync(file)
             os.replace(new, self._path)
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         except OSError as error:
             raise InfrastructureError(f"{new}: {error.strerror}") from error
         os.close(self._file)
@@ -147,11 +148,3 @@ def _line(event: Event) -> bytes:
 
 def _sound(line: bytes) -> bool:
     return line[:9] == b"%08x " % zlib.crc32(line[9:])
-
-
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
