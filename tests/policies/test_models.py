@@ -108,7 +108,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**20, 0, 2**20))
     yield path
     if mounted:
-        subprocess.run(["umount", str(path)], check=True)
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def test_a_cache_without_space_is_one_line_and_left_empty(

@@ -89,7 +89,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"only root may mount a small disk: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    # Lazily: what was read here may lie in memory that is mapped from its files, for a while yet.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_refuses_what_it_has_no_room_for_and_keeps_the_rest(small_disk: Path) -> None:
