@@ -6,6 +6,8 @@ our rows, record batches and OTLP messages. Turning these into bytes is inside t
 
 import asyncio
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,10 @@ import pyarrow as pa
 
 from benchmarks import otlp, under_test, workload
 from benchmarks.clients import require, together
-from benchmarks.under_test import OTLP_ROUTE, Door, Place
+from benchmarks.under_test import Door, Place
+from benchmarks.workload import Call
 
-
-class NotServed(Exception):
-    """The gateway has no such route; the claim is skipped."""
+_ARROW_STREAM = "application/vnd.apache.arrow.stream"
 
 
 def append_rows(folder: Path, first: int, spans: int, batch: int, clients: int) -> float:
@@ -53,47 +54,64 @@ def _append(folder: Path, pieces: list[Any], spans: int, clients: int) -> float:
     return spans / asyncio.run(measure())
 
 
-def http_ingest(door: Door, first: int, spans: int, batch: int, clients: int, route: str) -> float:
-    """Spans per second through the door into the store, on disk; each batch is of one attempt.
+@dataclass(frozen=True)
+class _Post:
+    """A request whose body is made when it is sent."""
 
-    Raises NotServed when the door has no such route.
+    address: str
+    headers: dict[str, str]
+    body: Callable[[], bytes]
+
+
+def http_ingest(door: Door, first: int, spans: int, batch: int, clients: int, form: str) -> float:
+    """Spans per second through the door into the store, on disk.
+
+    Args:
+        form: What is sent. "recorded": model calls with their tokens in columns, by a caller with a
+            key. "otlp" or "arrow": what an attempt tells of its calls, a batch to an attempt.
     """
     pieces = list(workload.batches(workload.calls(first, spans), batch))
-    leases = under_test.leases(door.queue, len(pieces))
     before = door.store.stats().spans
-    requests = []
-    for calls, lease in zip(pieces, leases, strict=True):
-        at = Place(lease.rollout_id, lease.attempt_id)
-        if route == OTLP_ROUTE:
-            export = otlp.export_request(calls, {"service.name": "agent"})
-            requests.append((lease, export.SerializeToString, "application/x-protobuf"))
-        else:
-            made = under_test.batch_of([under_test.telemetry_row(one, at) for one in calls])
-            requests.append((lease, _Arrow(made), "application/vnd.apache.arrow.stream"))
+    posts = _recorded(door, pieces) if form == "recorded" else _told(door, pieces, form)
 
     async def measure() -> float:
         async with aiohttp.ClientSession() as session:
 
-            async def send(request: tuple[Any, Any, str]) -> None:
-                lease, body, content_type = request
-                async with session.post(
-                    door.address(lease, route), data=body(), headers={"content-type": content_type}
-                ) as reply:
-                    if reply.status == 404:
-                        raise NotServed(f"POST {route} is not served by the gateway yet")
-                    if reply.status != 200:
-                        text = (await reply.text())[:300]
-                        raise RuntimeError(f"POST {route}: status {reply.status}: {text}")
-                    await reply.read()
+            async def send(one: _Post) -> None:
+                posting = session.post(one.address, data=one.body(), headers=one.headers)
+                async with posting as reply:
+                    text = await reply.text()
+                    if reply.status != 200 or "partialSuccess" in text:
+                        raise RuntimeError(f"{form}: status {reply.status}: {text[:300]}")
 
-            try:
-                return await together(send, requests, clients)
-            except* NotServed as group:
-                raise group.exceptions[0] from None
+            return await together(send, posts, clients)
 
     seconds = asyncio.run(measure())
     require(door.store.stats().spans - before, spans, "spans stored")
     return spans / seconds
+
+
+def _recorded(door: Door, pieces: list[list[Call]]) -> list[_Post]:
+    headers = {"content-type": _ARROW_STREAM, "authorization": f"Bearer {door.key}"}
+    made = [under_test.batch_of(under_test.rows(piece)) for piece in pieces]
+    return [_Post(door.url + under_test.BULK, headers, _Arrow(batch)) for batch in made]
+
+
+def _told(door: Door, pieces: list[list[Call]], form: str) -> list[_Post]:
+    posts = []
+    for calls, lease in zip(pieces, under_test.leases(door.queue, len(pieces)), strict=True):
+        base = f"{door.url}/a/{lease.capability}"
+        if form == "otlp":
+            export = otlp.export_request(calls, {"service.name": "agent"})
+            headers = {"content-type": "application/x-protobuf"}
+            posts.append(_Post(base + under_test.TRACES, headers, export.SerializeToString))
+        else:
+            at = Place(lease.rollout_id, lease.attempt_id)
+            made = under_test.batch_of([under_test.telemetry_row(one, at) for one in calls])
+            posts.append(
+                _Post(base + under_test.BULK, {"content-type": _ARROW_STREAM}, _Arrow(made))
+            )
+    return posts
 
 
 class _Arrow:

@@ -56,15 +56,13 @@ def alone(claim: Claim, ours: float, ratio: float | None = None) -> Result:
     return Result(claim.name, ours, None, ours if ratio is None else ratio, claim.unit)
 
 
-def table(claims: Sequence[Claim], results: Sequence[Result], skipped: Mapping[str, str]) -> str:
+def table(claims: Sequence[Claim], results: Sequence[Result]) -> str:
     """The results as text, in the order of the claims."""
     by_name = {one.claim: one for one in results}
     lines = [("claim", "ours", "peer", "ratio", "target", "", "unit")]
     for claim in claims:
         one = by_name.get(claim.name)
         if one is None:
-            if claim.name in skipped:
-                lines.append((claim.name, "skipped", "", "", _target(claim), "", ""))
             continue
         peer = "" if one.peer is None else number(one.peer)
         lines.append(
@@ -85,7 +83,6 @@ def table(claims: Sequence[Claim], results: Sequence[Result], skipped: Mapping[s
         cells += [line[column].rjust(widths[column]) for column in range(1, 5)]
         cells += [line[5].ljust(widths[5]), line[6]]
         text.append("  ".join(cells).rstrip())
-    text += [f"skipped {name}: {why}" for name, why in skipped.items()]
     return "\n".join(text)
 
 

@@ -18,11 +18,15 @@ from benchmarks.workload import Call
 from lightning_ray.gateway import (
     Answerer,
     GatewayConfig,
+    LiveDoor,
+    ServingConfig,
     choose_port,
     make_roles,
+    start_desk,
     start_gateway,
     stop_gateway,
 )
+from lightning_ray.gateway.desk import digest_of
 from lightning_ray.inference import Attribution
 from lightning_ray.inference.recorder import CallRecorder, OpenCall
 from lightning_ray.rollouts import (
@@ -50,8 +54,9 @@ from lightning_ray.spans.store import SpanStore
 
 RUN = "bench"
 POLICY = "policy"
-ARROW_ROUTE = "/v1/spans"
-OTLP_ROUTE = "/v1/traces"
+BULK = "/v1/spans"
+TRACES = "/v1/traces"
+CALLER = "recorder"
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def batch_of(some: Sequence[dict[str, Any]]) -> pa.RecordBatch:
 
 
 def arrow_body(batch: pa.RecordBatch) -> bytes:
-    """A batch as the body of a POST to ARROW_ROUTE: one Arrow IPC stream."""
+    """A batch as the body of a POST to BULK: one Arrow IPC stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as stream:
         stream.write_batch(batch)
@@ -242,10 +247,8 @@ class Door:
     url: str
     queue: Any
     store: SpanClient
-
-    def address(self, lease: Lease, route: str) -> str:
-        """Where the attempt posts to."""
-        return f"{self.url}/a/{lease.capability}{route}"
+    key: str
+    """Of CALLER, which may send what its own engines recorded."""
 
 
 @contextmanager
@@ -254,6 +257,8 @@ def running_door(folder: Path) -> Iterator[Door]:
     config = GatewayConfig()
     with running_store(folder / "spans") as store:
         queue = start_lives(folder)
+        key = secrets.token_hex(16)
+        desk = start_desk(RUN, {CALLER: digest_of(key)}, 60.0)
         try:
             answerer = Answerer(POLICY, ("http://127.0.0.1:9",), "none is asked")
             url = start_gateway(
@@ -263,8 +268,10 @@ def running_door(folder: Path) -> Iterator[Door]:
                 make_roles(config, POLICY, [POLICY]),
                 [answerer],
                 store,
+                LiveDoor(desk.actor, ServingConfig(recorders=[CALLER]), RUN),
             )
-            yield Door(url, queue, store)
+            yield Door(url, queue, store, key)
         finally:
             stop_gateway()
             stop_lives(queue)
+            ray.kill(desk.actor)

@@ -19,3 +19,14 @@ class InfrastructureError(LightningRayError):
 
     Never turned into a reward: a rollout that meets one is retried or left out and counted.
     """
+
+
+def own_error(error: BaseException) -> BaseException:
+    """What an actor raised on purpose, as it raised it; else the error with Ray's account of it.
+
+    Ray wraps what a task raised in errors with a `cause`, one for each task that it went through.
+    """
+    cause: BaseException = error
+    while isinstance(inner := getattr(cause, "cause", None), BaseException):
+        cause = inner
+    return cause if isinstance(cause, LightningRayError) else error

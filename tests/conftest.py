@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from small_disk import SmallDisk
 
 from lightning_ray.cluster.environment import quiet_environment
 
@@ -29,6 +30,20 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=4, include_dashboard=False, address="local", log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A file system of 256 KiB; the test is skipped where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    done = subprocess.run(mounting, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"only root may mount a small disk: {done.stderr.strip()}")
+    yield SmallDisk(folder)
+    # Lazily: what was read here may lie in memory that is mapped from its files, for a while yet.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

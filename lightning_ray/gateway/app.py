@@ -33,7 +33,7 @@ from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_b
 from lightning_ray.gateway.relay import recorded, relay, request_headers
 from lightning_ray.gateway.roles import Role, describe
 from lightning_ray.gateway.system_prompt import apply_prompt
-from lightning_ray.gateway.telemetry import TRACES
+from lightning_ray.gateway.telemetry import BULK, TRACES
 from lightning_ray.gateway.upstream import (
     UpstreamCall,
     upstream_body,
@@ -157,7 +157,7 @@ class Gateway:
     async def live(self, path: str, request: Request) -> Response:
         """One call of live traffic, its telemetry, or feedback on it."""
         path = "/v1/" + path
-        if path == TRACES and request.method == "POST":
+        if path in (TRACES, BULK) and request.method == "POST":
             return await self._take(path, request, self._told_live(path, request))
         return await self._answer(path, self._live(path, request))
 
@@ -201,6 +201,13 @@ class Gateway:
         caller: str | None = await self._desk.caller.remote(_key_of(request))
         if caller is None:
             return refuse(path, request, 401, "this API key is not known here (serving.keys)")
+        if path == BULK:
+            if caller not in self._serving.recorders:
+                return refuse(
+                    path, request, 403, f"{caller} records no spans here (serving.recorders)"
+                )
+            policies = {role.policy for role in self._roles}
+            return await self._intake.recorded(caller, policies, self._run_id, request)
         return await self._intake.live(caller, self._desk, self._serving, self._run_id, request)
 
     async def _attempt(self, capability: str, path: str, request: Request) -> Response:

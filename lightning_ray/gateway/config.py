@@ -50,6 +50,8 @@ class ServingConfig:
 
     keys: dict[str, str] = field(default_factory=dict)
     """Callers by name, each with the environment variable that holds its key."""
+    recorders: list[str] = field(default_factory=list)
+    """Callers among them that may send model calls of engines of their own, with tokens."""
     conversation_header: str = "x-conversation-id"
     """Request header that tells a caller's conversations apart; without it, how they begin does."""
     conversation_idle_s: float = 1800.0
@@ -66,6 +68,11 @@ def check_serving(config: ServingConfig) -> None:
         raise UserError(
             "serving.keys is empty: name a caller and the environment variable with its key, "
             "+serving.keys.web=WEB_API_KEY"
+        )
+    if unknown := [name for name in config.recorders if name not in config.keys]:
+        raise UserError(
+            f"serving.recorders: {unknown[0]!r} is no caller of serving.keys, which are: "
+            + ", ".join(config.keys)
         )
     if config.max_engines < 2:
         raise UserError(

@@ -130,7 +130,7 @@ class Desk:
 
     def owns(self, caller: str, rollout_id: str) -> bool:
         """Whether a conversation is this caller's; known from its id, however old it is."""
-        return rollout_id.startswith(f"{LIVE}{_tag(caller)}-")
+        return rollout_id.startswith(owner_of(caller))
 
     def active_on(self, policy: str, version: int, now: float) -> int:
         """How many conversations that are not over stay on a version."""
@@ -163,7 +163,7 @@ class Desk:
         key = (caller, conversation)
         entry = self._conversations.get(key)
         if entry is None or now - entry.seen > self._idle_s:
-            entry = _Conversation(f"{LIVE}{_tag(caller)}-{secrets.token_hex(8)}", now)
+            entry = _Conversation(owner_of(caller) + secrets.token_hex(8), now)
             self._conversations[key] = entry
         entry.seen = now
         self._conversations.move_to_end(key)
@@ -209,5 +209,7 @@ def _present(found: Mapping[str, str | None]) -> dict[str, str]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _tag(caller: str) -> str:
-    return hashlib.sha256(b"caller:" + caller.encode()).hexdigest()[:_TAG_LENGTH]
+def owner_of(caller: str) -> str:
+    """How the ids of a caller's rollouts begin."""
+    tag = hashlib.sha256(b"caller:" + caller.encode()).hexdigest()[:_TAG_LENGTH]
+    return f"{LIVE}{tag}-"

@@ -6,7 +6,7 @@ lands in a conversation of that key, whatever it says of itself.
 
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from fastapi import Request
@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway.config import GatewayConfig, ServingConfig
+from lightning_ray.gateway.desk import LIVE, owner_of
 from lightning_ray.gateway.given_rewards import parse_rewards
 from lightning_ray.gateway.live import ROLLOUT_HEADER
 from lightning_ray.gateway.protocols import error_body
@@ -29,13 +30,18 @@ from lightning_ray.gateway.telemetry import (
 )
 from lightning_ray.rollouts import Identity
 from lightning_ray.spans import SpanClient
+from lightning_ray.spans.bulk import read_bulk
 from lightning_ray.spans.otlp import UndecodableError
+from lightning_ray.spans.recorded import read_recorded
 from lightning_ray.spans.rewards import AGENT, SERVICE
 from lightning_ray.spans.telemetry import Arrived, Received, to_place
 
 REWARDS = "/v1/rewards"
 TOLD = frozenset({TRACES, BULK, REWARDS})
 """Where an attempt posts what it tells; it may until a while after its end."""
+
+OWNER_HEADER = "x-lightning-ray-rollout-prefix"
+"""On the reply to recorded spans: how the rollouts that they are in begin here."""
 
 _LONGEST_NAME = 1024
 _NAMELESS = (
@@ -58,7 +64,12 @@ class Intake:
         if path == REWARDS:
             return await self._rewards(place, request)
         if path == BULK:
-            return await self._telemetry.bulk(request.headers, request.stream(), AGENT, place)
+            limits = self._config.telemetry
+            return await self._telemetry.bulk(
+                request.headers,
+                request.stream(),
+                lambda body: read_bulk(body, limits, place, AGENT),
+            )
 
         async def placed(received: Received) -> tuple[list[dict[str, Any]], Counter[str]]:
             return to_place(received.spans, *place), Counter()
@@ -82,6 +93,22 @@ class Intake:
             )
 
         return await self._telemetry.traces(request.headers, request.stream(), SERVICE, placed)
+
+    async def recorded(
+        self, caller: str, policies: Collection[str], run_id: str, request: Request
+    ) -> Response:
+        """Answers a POST of spans that a recorder's own engine recorded, of these policies.
+
+        The reply says in a header how the ids of its rollouts begin here, for feedback.
+        """
+        limits, owner = self._config.telemetry, owner_of(caller)
+        reply = await self._telemetry.bulk(
+            request.headers,
+            request.stream(),
+            lambda body: read_recorded(body, limits, run_id, LIVE, owner, policies, SERVICE),
+        )
+        reply.headers[OWNER_HEADER] = owner
+        return reply
 
     async def _rewards(self, place: tuple[str, str, str], request: Request) -> Response:
         try:

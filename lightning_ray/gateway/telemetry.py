@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
+import pyarrow as pa
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.rpc.code_pb2 import Code
@@ -24,7 +25,6 @@ from starlette.responses import Response
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway.config import GatewayConfig
 from lightning_ray.spans import SpanClient
-from lightning_ray.spans.bulk import read_bulk
 from lightning_ray.spans.otlp import TooMuchError, UndecodableError, read_json, read_protobuf
 from lightning_ray.spans.telemetry import Received, receive, telemetry_batch
 
@@ -47,6 +47,7 @@ _BUSY = "too much telemetry at one time (gateway.telemetry.max_concurrent); try 
 _CODES = {
     400: Code.INVALID_ARGUMENT,
     401: Code.UNAUTHENTICATED,
+    403: Code.PERMISSION_DENIED,
     404: Code.NOT_FOUND,
     413: Code.RESOURCE_EXHAUSTED,
     415: Code.INVALID_ARGUMENT,
@@ -114,17 +115,16 @@ class TelemetryDoor:
         self,
         headers: Mapping[str, str],
         body: AsyncIterator[bytes],
-        source: str,
-        place: tuple[str, str, str],
+        read: Callable[[bytes], tuple[pa.RecordBatch, Counter[str]]],
     ) -> Response:
-        """Answers a POST of an Arrow stream, whose spans go to `place`: run, rollout, attempt."""
+        """Answers a POST of an Arrow stream; `read` says which of its rows are stored, and why
+        others are not.
+        """
         try:
             if media_type(headers) != ARROW:
                 raise TelemetryRefusedError(415, f"spans are sent here as {ARROW}")
             async with self._content(headers, body) as content:
-                batch, refused = await self._decoded(
-                    len(content), lambda: read_bulk(content, self._limits, place, source)
-                )
+                batch, refused = await self._decoded(len(content), lambda: read(content))
                 if batch.num_rows:
                     await self._store(batch)
                 return _taken(JSON, refused)

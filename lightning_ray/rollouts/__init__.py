@@ -11,7 +11,7 @@ from lightning_ray.rollouts.config import (
     check_task_policies,
     policy_of,
 )
-from lightning_ray.rollouts.queue import QueueClient, start_queue
+from lightning_ray.rollouts.queue_client import QueueClient, start_queue
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
     AttemptStatus,

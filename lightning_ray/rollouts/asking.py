@@ -7,44 +7,62 @@ from typing import Any
 
 import ray
 
-from lightning_ray.errors import InfrastructureError
+from lightning_ray.errors import InfrastructureError, own_error
 
 RETRY_EVERY_S = 0.2
+
+
+class RestartingError(InfrastructureError):
+    """The queue could not keep what it was told and starts again; tell it once more."""
 
 
 def ask(make: Callable[[], "ray.ObjectRef"], timeout_s: float, what: str) -> Any:
     """The answer to a call that may be repeated. Raises InfrastructureError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
+    why = ""
     while True:
         try:
             return ray.get(make(), timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.GetTimeoutError as error:
-            raise _late(what, timeout_s) from error
-        except ray.exceptions.RayActorError as error:
-            _again(error, deadline, what, timeout_s)
+            raise _late(what, timeout_s, why) from error
+        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+            why = _again(error) or why
+            if time.monotonic() > deadline:
+                raise _late(what, timeout_s, why) from error
         time.sleep(RETRY_EVERY_S)
 
 
 async def ask_async(make: Callable[[], "ray.ObjectRef"], timeout_s: float, what: str) -> Any:
     """As `ask`, for a caller that runs an event loop."""
     deadline = time.monotonic() + timeout_s
+    why = ""
     while True:
         try:
             return await asyncio.wait_for(make(), max(0.0, deadline - time.monotonic()))
         except TimeoutError as error:
-            raise _late(what, timeout_s) from error
-        except ray.exceptions.RayActorError as error:
-            _again(error, deadline, what, timeout_s)
+            raise _late(what, timeout_s, why) from error
+        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+            why = _again(error) or why
+            if time.monotonic() > deadline:
+                raise _late(what, timeout_s, why) from error
         await asyncio.sleep(RETRY_EVERY_S)
 
 
-def _again(error: Exception, deadline: float, what: str, timeout_s: float) -> None:
-    """Returns when asking again may help: an actor that restarts is unavailable, not dead."""
+def _again(error: Exception) -> str:
+    """Returns when asking again may help: why it has to be, where the queue said so.
+
+    An actor that restarts is unavailable, not dead. Else raises what the queue raised, or
+    InfrastructureError.
+    """
+    own = own_error(error)
+    if isinstance(own, RestartingError):
+        return f": {own}"
+    if isinstance(error, ray.exceptions.RayTaskError):
+        raise own from None
     if not isinstance(error, ray.exceptions.ActorUnavailableError):
         raise InfrastructureError(f"the rollout queue died: {error}") from error
-    if time.monotonic() > deadline:
-        raise _late(what, timeout_s) from error
+    return ""
 
 
-def _late(what: str, timeout_s: float) -> InfrastructureError:
-    return InfrastructureError(f"the rollout queue did not {what} within {timeout_s:g} s")
+def _late(what: str, timeout_s: float, why: str) -> InfrastructureError:
+    return InfrastructureError(f"the rollout queue did not {what} within {timeout_s:g} s{why}")

@@ -32,7 +32,7 @@ from lightning_ray.errors import InfrastructureError, LightningRayError
 from lightning_ray.rollouts.asking import RETRY_EVERY_S, ask_async
 from lightning_ray.rollouts.config import RolloutsConfig
 from lightning_ray.rollouts.line import Line
-from lightning_ray.rollouts.queue import QueueClient
+from lightning_ray.rollouts.queue_client import QueueClient
 from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
 from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
 from lightning_ray.spans.rewards import GRADER

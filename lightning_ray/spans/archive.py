@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,9 @@ KEYS = (*_PARTITION, *_ORDER, "start_ns")
 _FIRST_GROUP = 256
 """Rows of a file's first row group, which tells how large rows are."""
 _NAME_LENGTH = 180
+_S3_CONNECT_S = 5.0
+_S3_REQUEST_S = 30.0
+"""An S3 store that is silent for so long does not answer; it is asked three times."""
 
 
 Numbers = npt.NDArray[np.int64]
@@ -261,9 +264,27 @@ def _resolve(uri: str, folder: Path) -> tuple[pa.fs.FileSystem, str]:
         )
     try:
         filesystem, base = pa.fs.FileSystem.from_uri(uri)
+        if isinstance(filesystem, pa.fs.S3FileSystem):
+            filesystem = _patient_s3(filesystem, uri)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise UserError(f"spans.archive={uri}: {' '.join(str(error).split())}") from error
     return filesystem, base.rstrip("/")
+
+
+def _patient_s3(found: pa.fs.S3FileSystem, uri: str) -> pa.fs.S3FileSystem:
+    """The same store, with time limits: a URI cannot say them, and Arrow's own are the SDK's."""
+    said = dict(parse_qsl(urlsplit(uri).query))
+    options = {name: said[name] for name in ("scheme", "endpoint_override") if name in said}
+    flags = ("allow_bucket_creation", "allow_bucket_deletion")
+    return pa.fs.S3FileSystem(
+        region=found.region,
+        **options,
+        **{name: said[name] == "true" for name in flags if name in said},
+        connect_timeout=_S3_CONNECT_S,
+        request_timeout=_S3_REQUEST_S,
+        # A small file goes in one request, not in the three of an upload in parts.
+        allow_delayed_open=True,
+    )
 
 
 def _split(keys: pa.Table) -> Iterator[pa.Table]:

@@ -6,11 +6,10 @@ row becomes a Python object. The stream is read only after its frames were seen 
 uncompressed and no longer than allowed, so that it cannot grow while it is read.
 """
 
-import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import duckdb
 import numpy as np
@@ -18,9 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_ray.spans.frames import check_frames
 from lightning_ray.spans.limits import TelemetryLimits
 from lightning_ray.spans.masking import mask_column
-from lightning_ray.spans.otlp import TooMuchError, UndecodableError
+from lightning_ray.spans.otlp import UndecodableError
 from lightning_ray.spans.query import query
 from lightning_ray.spans.schema import SPAN_SCHEMA, SpanKind, SpanStatus
 from lightning_ray.spans.telemetry import EARLIEST_NS
@@ -36,7 +36,7 @@ FOREIGN_KINDS = (
 )
 """What a span from outside may be; `model_call` and `resource` are recorded by us alone."""
 
-_OURS = (
+OURS = (
     "role",
     "policy",
     "version",
@@ -49,7 +49,6 @@ _OURS = (
 _REQUIRED = ("span_id", "kind", "name")
 _PLACE = ("run_id", "rollout_id", "attempt_id")
 _TEXTS = ("name", "agent", "model", "tool")
-_SCHEMA_FRAME, _BATCH_FRAME = 1, 3
 
 
 def read_bulk(
@@ -65,7 +64,20 @@ def read_bulk(
         UndecodableError: it is no such stream, or its columns are not those of SPAN_SCHEMA.
         TooMuchError: it has more rows than `limits` allow.
     """
-    _check_frames(body, limits)
+    given = parse_rows(body, limits, _PLACE)
+    keep, refused = judge(given, _checks(given, limits))
+    kept = given.filter(pa.array(keep))
+    rows = kept.num_rows
+    placed = [pa.repeat(pa.scalar(value, pa.string()), rows) for value in place]
+    return settled(kept, dict(zip(_PLACE, placed, strict=True)), source), refused
+
+
+def parse_rows(body: bytes, limits: TelemetryLimits, ignored: Sequence[str]) -> pa.RecordBatch:
+    """A stream's rows with every column of SPAN_SCHEMA; those named `ignored` are null.
+
+    Times and status have their defaults where they are missing. Raises as `read_bulk`.
+    """
+    check_frames(body, limits)
     try:
         with pa.ipc.open_stream(pa.py_buffer(body)) as reader:
             _check_columns(reader.schema)
@@ -73,17 +85,13 @@ def read_bulk(
         for batch in batches:
             batch.validate(full=True)
         table = pa.Table.from_batches(batches, reader.schema)
-        columns = [_column(table, field) for field in SPAN_SCHEMA]
+        columns = [_column(table, field, ignored) for field in SPAN_SCHEMA]
     except UndecodableError:
         raise
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UndecodableError(f"the body is no Arrow stream of spans: {reason}") from error
-    given = pa.RecordBatch.from_arrays(columns, names=SPAN_SCHEMA.names)
-    given = _with_defaults(given)
-    keep, refused = _judge(given, limits)
-    kept = given.filter(pa.array(keep))
-    return _placed(kept, place, source), refused
+    return _with_defaults(pa.RecordBatch.from_arrays(columns, names=SPAN_SCHEMA.names))
 
 
 def _check_columns(schema: pa.Schema) -> None:
@@ -100,8 +108,8 @@ def _check_columns(schema: pa.Schema) -> None:
             raise UndecodableError(f"the column {name} is missing")
 
 
-def _column(table: pa.Table, field: pa.Field) -> pa.Array:
-    if field.name not in table.column_names or field.name in _PLACE:
+def _column(table: pa.Table, field: pa.Field, ignored: Sequence[str]) -> pa.Array:
+    if field.name not in table.column_names or field.name in ignored:
         return pa.nulls(table.num_rows, field.type)
     return table[field.name].cast(field.type).combine_chunks()
 
@@ -115,11 +123,14 @@ def _with_defaults(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns)
 
 
-def _judge(batch: pa.RecordBatch, limits: TelemetryLimits) -> tuple[Mask, Counter[str]]:
-    """Which rows are taken, and how many are not for each reason."""
+def judge(batch: pa.RecordBatch, checks: Iterable[tuple[str, Mask]]) -> tuple[Mask, Counter[str]]:
+    """Which rows are taken, and how many are not for each reason.
+
+    A check is a reason to refuse a row, with the rows that it does not concern.
+    """
     keep = np.ones(batch.num_rows, np.bool_)
     refused: Counter[str] = Counter()
-    for reason, good in _checks(batch, limits):
+    for reason, good in checks:
         bad = keep & ~good
         if bad.any():
             refused[reason] = int(bad.sum())
@@ -128,55 +139,64 @@ def _judge(batch: pa.RecordBatch, limits: TelemetryLimits) -> tuple[Mask, Counte
 
 
 def _checks(batch: pa.RecordBatch, limits: TelemetryLimits) -> Iterator[tuple[str, Mask]]:
-    """Reasons to refuse a row, each with the rows that it does not concern."""
-    kinds = pa.array([kind.value for kind in FOREIGN_KINDS])
-    statuses = pa.array([status.value for status in SpanStatus])
-    yield "span_id is not 16 hexadecimal digits", _hex(batch["span_id"], 16, False)
-    yield "trace_id is not 32 hexadecimal digits", _hex(batch["trace_id"], 32, True)
-    yield "parent_span_id is not 16 hexadecimal digits", _hex(batch["parent_span_id"], 16, True)
-    yield f"kind is none of {', '.join(kinds.to_pylist())}", _mask(pc.is_in(batch["kind"], kinds))
-    yield "status is none of ok, error, aborted", _mask(pc.is_in(batch["status"], statuses))
+    yield from checks_of_rows(batch, limits, FOREIGN_KINDS)
     ours = np.zeros(batch.num_rows, np.bool_)
-    for name in _OURS:
-        ours |= _mask(pc.is_valid(batch[name]))
-    yield f"only an engine may fill {', '.join(_OURS)}", ~ours
-    yield "name is empty", _mask(pc.greater(pc.binary_length(batch["name"]), 0))
+    for name in OURS:
+        ours |= mask(pc.is_valid(batch[name]))
+    yield f"only an engine may fill {', '.join(OURS)}", ~ours
+
+
+def checks_of_rows(
+    batch: pa.RecordBatch, limits: TelemetryLimits, allowed: Sequence[SpanKind]
+) -> Iterator[tuple[str, Mask]]:
+    """What `judge` looks at in every row, whoever sends it."""
+    kinds = pa.array([kind.value for kind in allowed])
+    statuses = pa.array([status.value for status in SpanStatus])
+    yield "span_id is not 16 hexadecimal digits", hexadecimal(batch["span_id"], 16, False)
+    yield "trace_id is not 32 hexadecimal digits", hexadecimal(batch["trace_id"], 32, True)
+    yield (
+        "parent_span_id is not 16 hexadecimal digits",
+        hexadecimal(batch["parent_span_id"], 16, True),
+    )
+    yield f"kind is none of {', '.join(kinds.to_pylist())}", mask(pc.is_in(batch["kind"], kinds))
+    yield "status is none of ok, error, aborted", mask(pc.is_in(batch["status"], statuses))
+    yield "name is empty", mask(pc.greater(pc.binary_length(batch["name"]), 0))
     for name in _TEXTS:
         length = pc.fill_null(pc.binary_length(batch[name]), 0)
-        short = _mask(pc.less_equal(length, limits.max_value_bytes))
+        short = mask(pc.less_equal(length, limits.max_value_bytes))
         yield f"{name} has more than {limits.max_value_bytes} bytes", short
     start, end = batch["start_ns"].to_numpy(), batch["end_ns"].to_numpy()
     latest = time.time_ns() + int(limits.max_clock_skew_s * 1e9)
     in_order = (start >= EARLIEST_NS) & (end <= latest) & (start <= end)
     yield "its times are before the year 2000, in the future, or in the wrong order", in_order
-    reward = _mask(pc.equal(batch["kind"], SpanKind.REWARD.value))
-    finite = _mask(pc.is_finite(batch["value"]))
+    reward = mask(pc.equal(batch["kind"], SpanKind.REWARD.value))
+    finite = mask(pc.is_finite(batch["value"]))
     yield (
         "a reward needs a finite value, and nothing else has one",
-        np.where(reward, finite, _mask(pc.is_null(batch["value"]))),
+        np.where(reward, finite, mask(pc.is_null(batch["value"]))),
     )
     for name in ("step", "input_tokens", "output_tokens", "cost_usd"):
         number = pc.and_(
             pc.greater_equal(batch[name], 0), pc.is_finite(pc.cast(batch[name], pa.float64()))
         )
-        yield f"{name} is not a finite number of at least 0", _mask(pc.fill_null(number, True))
+        yield f"{name} is not a finite number of at least 0", mask(pc.fill_null(number, True))
     yield from _attribute_checks(batch["attributes"], limits)
 
 
 def _attribute_checks(attributes: pa.Array, limits: TelemetryLimits) -> Iterator[tuple[str, Mask]]:
     length = pc.fill_null(pc.binary_length(attributes), 0)
-    small = _mask(pc.less_equal(length, limits.max_span_bytes))
+    small = mask(pc.less_equal(length, limits.max_span_bytes))
     yield f"attributes have more than {limits.max_span_bytes} bytes", small
     if attributes.null_count == len(attributes):
         return
     flat = _shallow(attributes, limits.max_depth + 1)
-    yield f"attributes are nested deeper than {limits.max_depth} levels", _mask(flat)
+    yield f"attributes are nested deeper than {limits.max_depth} levels", mask(flat)
     # What is deep or large was refused above; here it only must not be read.
     looked_at = pc.if_else(pc.and_(flat, pa.array(small)), attributes, None)
     valid = _valid_json(looked_at)
     yield "attributes are no JSON", valid
     # Valid JSON is an object where it begins as one.
-    objects = _mask(pc.fill_null(pc.match_substring_regex(looked_at, pattern=r"^\s*\{"), True))
+    objects = mask(pc.fill_null(pc.match_substring_regex(looked_at, pattern=r"^\s*\{"), True))
     yield (
         "attributes are no JSON object, or have `cost_usd`, which is a column",
         objects & ~_has_cost(looked_at, valid),
@@ -194,7 +214,7 @@ def _valid_json(texts: pa.Array) -> Mask:
     _OWN.duckdb.register("texts", pa.table({"a": texts}))
     try:
         found = _OWN.duckdb.sql("SELECT coalesce(json_valid(a), true) AS v FROM texts")
-        return _mask(found.to_arrow_table()["v"])
+        return mask(found.to_arrow_table()["v"])
     finally:
         _OWN.duckdb.unregister("texts")
 
@@ -202,11 +222,11 @@ def _valid_json(texts: pa.Array) -> Mask:
 def _has_cost(texts: pa.Array, valid: Mask) -> Mask:
     """Which texts, where they are JSON objects, have a cost of their own."""
     # Escaped in any way it has its first letter or a backslash; few have the word.
-    suspect = _mask(pc.match_substring_regex(texts, pattern=r"cost_usd|\\u00")) & valid
+    suspect = mask(pc.match_substring_regex(texts, pattern=r"cost_usd|\\u00")) & valid
     if suspect.any():
         some = pa.table({"a": texts.filter(pa.array(suspect))})
         found = query(some, "SELECT json_exists(a, '$.cost_usd') AS c FROM spans")
-        suspect[np.flatnonzero(suspect)] = _mask(found["c"])
+        suspect[np.flatnonzero(suspect)] = mask(found["c"])
     return suspect
 
 
@@ -271,114 +291,24 @@ def _escaped(
     return odd
 
 
-def _hex(column: pa.Array, digits: int, optional: bool) -> Mask:
+def hexadecimal(column: pa.Array, digits: int, optional: bool) -> Mask:
+    """Which texts are that many lower-case hexadecimal digits, and not all zero."""
     good = pc.match_substring_regex(column, pattern=rf"\A[0-9a-f]{{{digits}}}\z")
     zero = pc.equal(column, "0" * digits)
-    return _mask(pc.fill_null(pc.and_(good, pc.invert(zero)), optional))
+    return mask(pc.fill_null(pc.and_(good, pc.invert(zero)), optional))
 
 
-def _mask(array: pa.Array | pa.ChunkedArray) -> Mask:
+def mask(array: pa.Array | pa.ChunkedArray) -> Mask:
     """As numpy; null is false."""
-    mask: Mask = pc.fill_null(array, False).to_numpy(zero_copy_only=False)
-    return mask.astype(np.bool_, copy=False)
+    filled: Mask = pc.fill_null(array, False).to_numpy(zero_copy_only=False)
+    return filled.astype(np.bool_, copy=False)
 
 
-def _placed(batch: pa.RecordBatch, place: tuple[str, str, str], source: str) -> pa.RecordBatch:
-    rows = batch.num_rows
-    columns = {name: batch[name] for name in batch.schema.names}
-    for name, value in zip(_PLACE, place, strict=True):
-        columns[name] = pa.repeat(pa.scalar(value, pa.string()), rows)
-    columns["source"] = pa.repeat(pa.scalar(source, pa.string()), rows)
-    columns["sequence"] = pa.array(np.zeros(rows, np.int64))
+def settled(batch: pa.RecordBatch, place: Mapping[str, pa.Array], source: str) -> pa.RecordBatch:
+    """The rows at their place (run, rollout, attempt), without secrets, ready for the store."""
+    columns = {name: batch[name] for name in batch.schema.names} | dict(place)
+    columns["source"] = pa.repeat(pa.scalar(source, pa.string()), batch.num_rows)
+    columns["sequence"] = pa.array(np.zeros(batch.num_rows, np.int64))
     for name in (*_TEXTS, "attributes"):
         columns[name] = mask_column(columns[name])
     return pa.RecordBatch.from_arrays([columns[f.name] for f in SPAN_SCHEMA], schema=SPAN_SCHEMA)
-
-
-def _check_frames(body: bytes, limits: TelemetryLimits) -> None:
-    """Refuses a stream that is cut, compressed, has dictionaries, or more rows than allowed.
-
-    A compressed column says how large it will be, and Arrow believes it; so does a count of rows.
-    """
-    position = rows = 0
-    try:
-        while position < len(body):
-            marker, size = struct.unpack_from("<Ii", body, position)
-            if marker != 0xFFFFFFFF or size < 0:
-                raise UndecodableError(
-                    "the body is no Arrow IPC stream (the form of 0.15 or later)"
-                )
-            position += 8
-            if size == 0:
-                return
-            message = _Table(body, position, size)
-            kind = message.number(1, "<B")
-            if kind not in (_SCHEMA_FRAME, _BATCH_FRAME):
-                raise UndecodableError("dictionaries are not taken: write the columns plainly")
-            if kind == _BATCH_FRAME:
-                batch = message.table(2)
-                rows += _checked_length(batch.number(0, "<q"), limits)
-                if batch.has(3):
-                    raise UndecodableError(
-                        "compressed columns are not taken: gzip the body instead"
-                    )
-            length = message.number(3, "<q")
-            if length < 0 or position + size + length > len(body):
-                raise UndecodableError("the Arrow stream ends too early")
-            position += size + length
-            if rows > limits.max_spans:
-                _checked_length(rows, limits)
-    except struct.error as error:
-        raise UndecodableError("the body is no whole Arrow IPC stream") from error
-
-
-def _checked_length(rows: int, limits: TelemetryLimits) -> int:
-    if not 0 <= rows <= limits.max_spans:
-        raise TooMuchError(
-            f"more than {limits.max_spans} spans in one request (gateway.telemetry.max_spans); "
-            "send smaller batches"
-        )
-    return rows
-
-
-class _Table:
-    """A flatbuffer's table, as far as it must be known before Arrow reads it.
-
-    (https://flatbuffers.dev/internals: offsets are relative, a vtable says where fields are.)
-    """
-
-    def __init__(self, body: bytes, start: int, size: int, position: int | None = None):
-        self._body = body
-        self._start = start
-        self._size = size
-        self._at = position if position is not None else self._follow(0)
-        vtable = self._at - self._read("<i", self._at)
-        self._vtable = vtable
-        self._vtable_size = self._read("<H", vtable)
-
-    def has(self, field: int) -> bool:
-        """Whether a field is there."""
-        return self._offset(field) != 0
-
-    def number(self, field: int, form: str) -> int:
-        """A field that is a number; 0 where it is left out."""
-        offset = self._offset(field)
-        return self._read(form, self._at + offset) if offset else 0
-
-    def table(self, field: int) -> "_Table":
-        """A field that is a table."""
-        position = self._follow(self._at + self._offset(field))
-        return _Table(self._body, self._start, self._size, position)
-
-    def _offset(self, field: int) -> int:
-        place = 4 + 2 * field
-        return self._read("<H", self._vtable + place) if place < self._vtable_size else 0
-
-    def _follow(self, position: int) -> int:
-        return position + self._read("<I", position)
-
-    def _read(self, form: str, position: int) -> int:
-        if position < 0 or position + struct.calcsize(form) > self._size:
-            raise UndecodableError("the body is no whole Arrow IPC stream")
-        value: int = struct.unpack_from(form, self._body, self._start + position)[0]
-        return value

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
 
-from lightning_ray.errors import InfrastructureError, LightningRayError
+from lightning_ray.errors import InfrastructureError, own_error
 from lightning_ray.spans.archive import check_archive
 from lightning_ray.spans.config import SpansConfig
 from lightning_ray.spans.layout import prepare_folder, shard_of
@@ -270,7 +270,7 @@ class SpanClient:
         except ray.exceptions.RayActorError as error:
             raise InfrastructureError(f"the span store died: {error}") from error
         except ray.exceptions.RayTaskError as error:
-            raise _own_error(error) from None
+            raise own_error(error) from None
 
     def _get(self, call: Callable[[], Any], missing: str) -> Any:
         """As `_await`, for a caller without an event loop."""
@@ -286,15 +286,7 @@ class SpanClient:
             except ray.exceptions.RayActorError as error:
                 raise InfrastructureError(f"the span store died: {error}") from error
             except ray.exceptions.RayTaskError as error:
-                raise _own_error(error) from None
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """What a shard raised on purpose, as it raised it; else the error with Ray's account of it."""
-    cause: BaseException | None = error
-    while isinstance(cause, ray.exceptions.RayTaskError):
-        cause = cause.cause
-    return cause if isinstance(cause, LightningRayError) else error
+                raise own_error(error) from None
 
 
 @ray.remote(num_cpus=0)

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ray.errors import UserError
-from lightning_ray.gateway import GatewayConfig, check_gateway, choose_port
+from lightning_ray.gateway import (
+    GatewayConfig,
+    ServingConfig,
+    check_gateway,
+    check_serving,
+    choose_port,
+)
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
 
 
@@ -85,3 +91,9 @@ def test_settings_that_no_gateway_can_run_with_are_refused(
     check_gateway(GatewayConfig())
     with pytest.raises(UserError, match=named):
         check_gateway(GatewayConfig(**wrong))  # type: ignore[arg-type]
+
+
+def test_a_recorder_is_one_of_the_callers() -> None:
+    check_serving(ServingConfig(keys={"web": "WEB_API_KEY"}, recorders=["web"]))
+    with pytest.raises(UserError, match=r"serving.recorders: 'engine' is no caller .* are: web"):
+        check_serving(ServingConfig(keys={"web": "WEB_API_KEY"}, recorders=["engine"]))

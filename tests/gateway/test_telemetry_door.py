@@ -48,11 +48,13 @@ from lightning_ray.rollouts.types import Lease
 from lightning_ray.spans import SpanClient, SpansConfig, start_store
 from lightning_ray.spans.limits import TelemetryLimits
 from lightning_ray.spans.rewards import by_attempt, reward_history
+from lightning_ray.trajectories import rebuild_trees
 
 PROTOBUF = "application/x-protobuf"
 JSON = "application/json"
 LINGER_S = 3.0
 KEY = "the key of one caller"
+ENGINE_KEY = "the key of somebody with engines"
 
 
 class Door:
@@ -101,7 +103,8 @@ def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     )
     queue = start_queue("run", RolloutsConfig(linger_s=LINGER_S))
     store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
-    desk = start_desk("run", {"web": digest_of(KEY)}, 60.0)
+    keys = {"web": digest_of(KEY), "engine": digest_of(ENGINE_KEY)}
+    desk = start_desk("run", keys, 60.0)
     url = start_gateway(
         config,
         choose_port(config),
@@ -109,7 +112,7 @@ def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         make_roles(config, "policy", ["policy"]),
         [Answerer("policy", ("http://127.0.0.1:9",), "key")],
         store,
-        LiveDoor(desk.actor, ServingConfig(), "run"),
+        LiveDoor(desk.actor, ServingConfig(recorders=["engine"]), "run"),
     )
     yield Door(url, queue, store)
     stop_gateway()
@@ -263,3 +266,47 @@ def test_live_telemetry_needs_a_key_and_a_conversation_of_that_key(door: Door) -
         "/v1/traces", nameless, **key, x_lightning_ray_rollout="live-00000000-1"
     )
     assert status == 400 and "no conversation of this key" in Status.FromString(content).message
+
+
+def test_calls_of_somebody_elses_engine_are_stored_with_their_exact_tokens(door: Door) -> None:
+    engine, web = ({"authorization": f"Bearer {key}"} for key in (ENGINE_KEY, KEY))
+    first, second = "00000000000000aa", "00000000000000ab"
+    rows = {
+        "span_id": [first, second, "00000000000000ac"],
+        "kind": ["model_call", "model_call", "reward"],
+        "name": ["chat", "chat", "reward"],
+        "rollout_id": ["call-7"] * 3,
+        "policy": ["policy", "policy", None],
+        "version": pa.array([4, 4, None], pa.int32()),
+        "token_ids": pa.array([[5, 6, 7], [8, 9], None], pa.list_(pa.int32())),
+        "logprobs": pa.array([[-0.5], [-0.25], None], pa.list_(pa.float32())),
+        "continues": [None, first, None],
+        "prefix_tokens": pa.array([0, 3, None], pa.int32()),
+        "value": pa.array([None, None, 1.0], pa.float64()),
+    }
+    body = arrow_stream(pa.table(rows))
+    arrow = "application/vnd.apache.arrow.stream"
+    for headers, expected, why in (
+        ({}, 401, "serving.keys"),
+        (web, 403, "web records no spans here (serving.recorders)"),
+        (engine | {"content_type": PROTOBUF}, 415, arrow),
+    ):
+        form = headers.pop("content_type", arrow) if headers else arrow
+        status, content, _ = door.post("/v1/spans", body, form, **headers)
+        assert status == expected and why in json.loads(content)["message"]
+    for _ in range(2):
+        # Sent again, it is the same rollout, and stored once.
+        status, content, headers = door.post("/v1/spans", body, arrow, **engine)
+        assert (status, content) == (200, b"{}")
+    rollout = headers["x-lightning-ray-rollout-prefix"] + "call-7"
+    (tree,), inexact = rebuild_trees(door.store.rollout(rollout))
+    assert inexact == {}
+    assert [call.tokens.tolist() for call in tree.calls] == [[5, 6, 7], [5, 6, 7, 8, 9]]
+    assert by_attempt(door.store.rollout(rollout)) == {f"{rollout}/1": {"reward": 1.0}}
+    said = json.dumps({"rollout": rollout, "verdict": "override", "reward": 0}).encode()
+    assert door.post("/v1/feedback", said, JSON, **web)[0] == 404
+    assert door.post("/v1/feedback", said, JSON, **engine)[0] == 200
+    assert by_attempt(door.store.rollout(rollout)) == {f"{rollout}/1": {"reward": 0.0}}
+    forged = arrow_stream(pa.table(rows | {"policy": ["policy", "other", None]}))
+    said = json.loads(door.post("/v1/spans", forged, arrow, **engine)[1])
+    assert said["partialSuccess"]["rejectedSpans"] == "1"

@@ -5,13 +5,13 @@ import os
 import random
 import secrets
 import signal
-import subprocess
-import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from small_disk import SmallDisk
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.rollouts import (
@@ -24,6 +24,7 @@ from lightning_ray.rollouts import (
 )
 from lightning_ray.rollouts.asking import ask_async
 from lightning_ray.rollouts.journal import NAME, Journal, read_journal
+from lightning_ray.rollouts.line import Line
 from lightning_ray.rollouts.queue import RolloutQueue
 
 GOOD = AttemptOutcome(AttemptStatus.SUCCEEDED, {"reward": 1.0})
@@ -175,8 +176,9 @@ def test_a_journal_that_has_grown_is_replaced_by_a_snapshot(
             await queue.finish(lease.attempt_id, GOOD)
             await queue.forget([f"r{number}"])
         await queue.enqueue([spec("left")])
-        await asyncio.sleep(0.2)
-        assert (tmp_path / NAME).stat().st_size < 1000
+        async with asyncio.timeout(20):
+            while (tmp_path / NAME).stat().st_size >= 1000:
+                await asyncio.sleep(0.02)
         await queue.enqueue([spec("later")])
         again = RolloutQueue("run", RolloutsConfig(), str(tmp_path))
         assert await again.counts() == await queue.counts()
@@ -220,32 +222,43 @@ def test_what_a_lost_worker_ran_is_a_fault_and_a_worker_shows_its_state(
 
 
 def test_a_queue_on_a_full_disk_forgets_nothing_that_it_answered(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, small_disk: SmallDisk
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    done = subprocess.run(mounting, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"only root may mount a small disk: {done.stderr.strip()}")
-    queue = start_queue("run", RolloutsConfig(), disk / "rollouts")
+    queue = start_queue("run", RolloutsConfig(), small_disk.folder / "rollouts")
     try:
         assert queue.enqueue([spec("first")]) == 1
-        large = RolloutSpec("large", "task", {"q": "x" * 200_000}, 60.0)
-        with pytest.raises(InfrastructureError, match=r"No space left on device|did not queue"):
+        large = RolloutSpec("large", "task", {"q": "x" * 400_000}, 60.0)
+        with pytest.raises(InfrastructureError, match=r"did not queue .* No space left on device"):
             queue.enqueue([large], timeout_s=8)
-        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
-        # It starts again within a second or two, from what is written, and says so until then; what
-        # it refused may be sent again, and is new to it.
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                assert queue.enqueue([spec("first"), large], timeout_s=60) == 1
-                break
-            except InfrastructureError:
-                assert time.monotonic() < deadline, "the queue did not start again"
-                time.sleep(0.2)
+        small_disk.resize("4m")
+        assert queue.enqueue([spec("first"), large], timeout_s=60) == 1
         assert queue.counts().queued == 2
     finally:
         ray.kill(queue.actor)
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_report_waits_until_the_disk_has_room_for_it(
+    ray_cluster: None, small_disk: SmallDisk
+) -> None:
+    queue = start_queue("run", RolloutsConfig(), small_disk.folder / "rollouts")
+    filler = small_disk.folder / "filler"
+
+    async def report(line: Line) -> None:
+        await line.enqueue([spec("first")])
+        lease = await line.dequeue(10, "w", "request")
+        assert lease is not None
+        with suppress(OSError):
+            filler.write_bytes(b"x" * 300_000)
+        # More than what is left of the journal's last page.
+        outcome = AttemptOutcome(AttemptStatus.SUCCEEDED, result="x" * 10_000)
+        reporting = asyncio.ensure_future(line.finish(lease.attempt_id, outcome))
+        await asyncio.sleep(3)
+        assert not reporting.done()
+        filler.unlink()
+        assert await reporting
+
+    try:
+        asyncio.run(asyncio.wait_for(report(Line(queue.actor)), 90))
+        assert queue.counts().succeeded == 1
+    finally:
+        ray.kill(queue.actor)

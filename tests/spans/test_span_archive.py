@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -188,23 +187,35 @@ def test_a_file_uri(tmp_path):
     assert archive.read(sealed.files, rollout_ids=["r"]).num_rows == 1
 
 
-def _moto() -> list[str] | None:
-    program = os.environ.get("MOTO_SERVER")
-    if program:
-        return [program]
-    return [sys.executable, "-m", "moto.server"] if find_spec("moto") else None
+@pytest.fixture
+def s3_keys(monkeypatch):
+    """The environment of somebody who has an S3 store."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-key")
 
 
-@pytest.mark.skipif(_moto() is None, reason="no moto server: pip install moto[server]")
-def test_an_s3_store(tmp_path: Path, monkeypatch):
+def s3_uri(port: int) -> str:
+    return f"s3://spans/here?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+
+
+@pytest.mark.usefixtures("s3_keys")
+def test_an_s3_store_that_is_silent_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_ray.spans.archive._S3_REQUEST_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begin = time.monotonic()
+        with pytest.raises(UserError, match="cannot be written"):
+            check_archive(s3_uri(silent.getsockname()[1]), tmp_path)
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.usefixtures("s3_keys")
+def test_an_s3_store(tmp_path: Path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [*_moto(), "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-key")
-    uri = f"s3://spans/here?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    uri = s3_uri(port)
     try:
         deadline = time.monotonic() + 60
         while True:

@@ -4,13 +4,12 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
+from small_disk import SmallDisk
 from spans_support import batch, row, stored_ids
 
 from lightning_ray.errors import InfrastructureError
@@ -79,23 +78,13 @@ def test_no_acknowledged_span_is_lost_or_doubled_when_shards_are_killed_under_lo
     store.close()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    done = subprocess.run(mounting, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"only root may mount a small disk: {done.stderr.strip()}")
-    yield folder
-    # Lazily: what was read here may lie in memory that is mapped from its files, for a while yet.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def test_a_full_disk_refuses_what_it_has_no_room_for_and_keeps_the_rest(
+    small_disk: SmallDisk,
+) -> None:
+    folder = small_disk.folder
 
-
-def test_a_full_disk_refuses_what_it_has_no_room_for_and_keeps_the_rest(small_disk: Path) -> None:
     async def run() -> list[str]:
-        store = SpanStore(str(small_disk / "spans"), SpansConfig(segment_bytes=100_000))
+        store = SpanStore(str(folder / "spans"), SpansConfig(segment_bytes=100_000))
         acknowledged, refused = [], []
         for number in range(200):
             names = [f"{number}-{part}" for part in range(10)]
@@ -103,20 +92,20 @@ def test_a_full_disk_refuses_what_it_has_no_room_for_and_keeps_the_rest(small_di
                 await store.append(batch(*names))
                 acknowledged += names
             except InfrastructureError as error:
-                assert "No space left on device" in str(error) and str(small_disk) in str(error)
+                assert "No space left on device" in str(error) and str(folder) in str(error)
                 refused.append(names)
         assert len(acknowledged) > 100 and len(refused) > 10
         assert (await store.rollouts(["r"]))["span_id"].to_pylist() == acknowledged
         # Room is made: what was refused can be sent again, and is stored once.
-        subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+        small_disk.resize("4m")
         for names in refused:
             assert await store.append(batch(*names)) == len(names)
             acknowledged += names
         return acknowledged
 
     acknowledged = asyncio.run(run())
-    assert stored_ids(small_disk) == acknowledged
-    again = SpanStore(str(small_disk / "spans"), SpansConfig())
+    assert stored_ids(folder) == acknowledged
+    again = SpanStore(str(folder / "spans"), SpansConfig())
     assert asyncio.run(again.rollouts(["r"]))["sequence"].to_pylist() == list(
         range(1, len(acknowledged) + 1)
     )

@@ -1,0 +1,86 @@
+"""The queue of rollouts as the rest of a run sees it: started, and asked with timeouts.
+
+Invariant: what it raises is ours, never Ray's; a queue that restarts is waited for.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from ray import cloudpickle
+from ray.actor import ActorHandle
+
+from lightning_ray.rollouts.asking import ask
+from lightning_ray.rollouts.config import RolloutsConfig
+from lightning_ray.rollouts.lives import Counts
+from lightning_ray.rollouts.queue import RolloutQueue
+from lightning_ray.rollouts.types import RolloutRecord, RolloutSpec, WorkerRecord
+from lightning_ray.spans import SpanClient
+
+START_TIMEOUT_S = 120.0
+
+
+class QueueClient:
+    """The queue as the trainer sees it: with timeouts, and without Ray's exceptions."""
+
+    def __init__(self, actor: ActorHandle):
+        self.actor = actor
+
+    def enqueue(self, specs: Sequence[RolloutSpec], timeout_s: float = 30.0) -> int:
+        """Queues rollouts in order; returns how many were new."""
+        new: int = ask(lambda: self.actor.enqueue.remote(list(specs)), timeout_s, "queue rollouts")
+        return new
+
+    def wait(self, rollout_ids: Sequence[str], timeout_s: float) -> list[RolloutRecord]:
+        """The records of the rollouts that ended within `timeout_s` seconds."""
+        ids = list(rollout_ids)
+        records: list[RolloutRecord] = ask(
+            lambda: self.actor.wait.remote(ids, timeout_s), timeout_s + 30, "wait for rollouts"
+        )
+        return records
+
+    def cancel(self, rollout_ids: Sequence[str], timeout_s: float = 30.0) -> None:
+        """Cancels rollouts that have not ended."""
+        ask(lambda: self.actor.cancel.remote(list(rollout_ids)), timeout_s, "cancel rollouts")
+
+    def retry(self, rollout_ids: Sequence[str], timeout_s: float = 30.0) -> list[str]:
+        """Queues ended rollouts again; returns those that had ended."""
+        ids = list(rollout_ids)
+        queued: list[str] = ask(lambda: self.actor.retry.remote(ids), timeout_s, "retry rollouts")
+        return queued
+
+    def counts(self, timeout_s: float = 30.0) -> Counts:
+        """How many rollouts stand where."""
+        counts: Counts = ask(self.actor.counts.remote, timeout_s, "count rollouts")
+        return counts
+
+    def workers(self, timeout_s: float = 30.0) -> list[WorkerRecord]:
+        """The workers that were heard of."""
+        found: list[WorkerRecord] = ask(self.actor.workers.remote, timeout_s, "list its workers")
+        return found
+
+    def forget(self, rollout_ids: Sequence[str]) -> None:
+        """Drops ended rollouts from the queue's memory, without waiting for it."""
+        self.actor.forget.remote(list(rollout_ids))
+
+
+def start_queue(
+    run_id: str,
+    config: RolloutsConfig,
+    folder: Path | None = None,
+    spans: SpanClient | None = None,
+) -> QueueClient:
+    """Starts the queue of one run's session.
+
+    It keeps its journal in `folder`, and restarts from it; without one it is in memory only.
+    `spans` are its heartbeats. Raises InfrastructureError when it does not start.
+    """
+    actor = ray.remote(RolloutQueue).options(
+        num_cpus=0, max_concurrency=10_000, max_restarts=0 if folder is None else -1
+    )
+    # As bytes: arguments with references in them may be gone when the actor restarts.
+    heartbeats = None if spans is None else cloudpickle.dumps(spans)
+    client = QueueClient(actor.remote(run_id, config, folder and str(folder), heartbeats))
+    # Waited for: an actor's calls may overtake each other, and this one clears the table.
+    ask(client.actor.begin.remote, START_TIMEOUT_S, "begin")
+    return client
