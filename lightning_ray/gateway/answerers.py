@@ -37,9 +37,13 @@ class Answerer:
     def __repr__(self) -> str:
         return f"Answerer({self.policy!r}, urls={self.urls}, upstream={self.upstream})"
 
-    def url_for(self, rollout_id: str) -> str:
-        """The engine that a rollout stays on, for its prefix cache."""
-        return self.urls[zlib.crc32(rollout_id.encode()) % len(self.urls)]
+    def urls_for(self, rollout_id: str) -> list[str]:
+        """The engines; the first is the one that a rollout stays on, for its prefix cache.
+
+        Rendezvous hashing (Thaler and Ravishankar, 1998): where an engine is lost, its rollouts go
+        to all the others alike, and no other moves.
+        """
+        return sorted(self.urls, key=lambda url: zlib.crc32(f"{rollout_id} {url}".encode()))
 
 
 def upstream_answerer(policy: PolicyConfig) -> Answerer:

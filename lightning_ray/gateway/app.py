@@ -12,7 +12,6 @@ import json
 import logging
 import secrets
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -23,26 +22,20 @@ from ray.actor import ActorHandle
 from starlette.responses import Response
 
 from lightning_ray.errors import InfrastructureError
-from lightning_ray.gateway.answered import NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
 from lightning_ray.gateway.desk import Passage, conversation_of, trace_of
+from lightning_ray.gateway.forwarding import Call, Forwarder, own_list
 from lightning_ray.gateway.intake import TOLD, Intake, refuse
+from lightning_ray.gateway.limits import CallLimits, TooManyCallsError
 from lightning_ray.gateway.live import ROLLOUT_HEADER, LiveDoor, parse_feedback
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
-from lightning_ray.gateway.relay import recorded, relay, request_headers
 from lightning_ray.gateway.roles import Role, describe
-from lightning_ray.gateway.system_prompt import apply_prompt
-from lightning_ray.gateway.telemetry import BULK, TRACES
-from lightning_ray.gateway.upstream import (
-    UpstreamCall,
-    upstream_body,
-    upstream_headers,
-    upstream_url,
-)
-from lightning_ray.inference import Attribution, attribution_headers
+from lightning_ray.gateway.telemetry import BULK, RETRY_S, TRACES
+from lightning_ray.gateway.visits import Visits, visit_of
+from lightning_ray.inference import Attribution
 from lightning_ray.rollouts import Identity, ask_async
-from lightning_ray.spans import RequestLog, SpanClient
+from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +44,10 @@ RESOLVE_S = 10.0
 VERSION_HEADER = "x-lightning-ray-version"
 FEEDBACK = "/v1/feedback"
 
+_COME_AGAIN = frozenset({429, 502, 503, 504})
+
 app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+app.add_middleware(Visits)
 
 
 class _Refusal(Exception):
@@ -66,16 +62,6 @@ class _Refusal(Exception):
 # Serve pickles the class where it is decorated, so what its methods use stands above it.
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A request that may be passed on."""
-
-    path: str
-    content: bytes
-    by: Attribution
-    answerer: Answerer
-
-
 async def _whose(queue: ActorHandle, capability: str, telling: bool = False) -> Identity | None:
     identity: Identity | None = await ask_async(
         lambda: queue.resolve.remote(capability, telling), RESOLVE_S, "say whose call it is"
@@ -85,6 +71,8 @@ async def _whose(queue: ActorHandle, capability: str, telling: bool = False) -> 
 
 def _error(path: str, status: int, message: str) -> Response:
     headers: dict[str, Any] = {"content-type": "application/json"}
+    if status in _COME_AGAIN:
+        headers["retry-after"] = str(RETRY_S)
     return Response(error_body(path, status, message), status, headers)
 
 
@@ -108,17 +96,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
         raise _Refusal(400, f"the body cannot be read: {error}") from error
 
 
-def _with_prompt(
-    path: str, content: bytes, body: dict[str, Any], role: Role, identity: Identity
-) -> tuple[bytes, str]:
-    """The request with the prompt version that is under test, and that version's label."""
-    for prompt in identity.prompts:
-        if prompt.name == role.policy and (changed := apply_prompt(path, body, prompt)) is not None:
-            return json.dumps(changed).encode(), prompt.label
-    return content, ""
-
-
-@serve.deployment(max_ongoing_requests=4096)
+@serve.deployment
 @serve.ingress(app)
 class Gateway:
     """A replica of the door."""
@@ -138,12 +116,12 @@ class Gateway:
         self._roles = tuple(roles)
         self._answerers = {answerer.policy: answerer for answerer in answerers}
         self._spans = spans
-        self._requests = RequestLog()
+        self._limits = CallLimits(config.max_calls)
+        self._forward = Forwarder(config, spans)
         self._intake = Intake(config, spans)
         self._desk = live.desk if live else None
         self._serving = live.config if live else None
         self._run_id = live.run_id if live else ""
-        self._session: aiohttp.ClientSession | None = None
 
     @app.api_route("/a/{capability}/{path:path}", methods=["GET", "POST"])
     async def call(self, capability: str, path: str, request: Request) -> Response:
@@ -167,6 +145,8 @@ class Gateway:
                 return await answer
         except _Refusal as refusal:
             return _error(path, refusal.status, refusal.message)
+        except TooManyCallsError as error:
+            return _error(path, 429, str(error))
         except TimeoutError:
             limit = self._config.call_timeout_s
             return _error(path, 504, f"no answer within {limit:g} s (gateway.call_timeout_s)")
@@ -216,6 +196,8 @@ class Gateway:
             identity = await _whose(self._queue, capability)
         if identity is None:
             raise _Refusal(401, "this base URL belongs to no running attempt")
+        limit = self._config.max_calls_per_attempt
+        self._enter(request, identity.attempt_id, limit, "gateway.max_calls_per_attempt")
         _require_served(path, request)
         if request.method == "GET":
             return await self._list(path, request, identity)
@@ -223,7 +205,9 @@ class Gateway:
         body = _parsed(content)
         role = self._role(path, body, request)
         answerer = self._answerers[role.policy]
-        return await self._pass_on(path, content, body, role, identity, answerer, request, {})
+        return await self._forward.call(
+            Call(path, content, body, role, identity, answerer, {}), request
+        )
 
     async def _live(self, path: str, request: Request) -> Response:
         if self._desk is None or self._serving is None:
@@ -231,11 +215,13 @@ class Gateway:
         caller: str | None = await self._desk.caller.remote(_key_of(request))
         if caller is None:
             raise _Refusal(401, "this API key is not known here (serving.keys)")
+        limit = self._serving.max_calls_per_key
+        self._enter(request, f"key {caller}", limit, "serving.max_calls_per_key")
         if path == FEEDBACK and request.method == "POST":
             return await self._feedback(caller, _parsed(await self._body(request)))
         _require_served(path, request)
         if request.method == "GET":
-            return self._own_list()
+            return own_list(self._roles)
         content = await self._body(request)
         body = _parsed(content)
         role = self._role(path, body, request)
@@ -248,9 +234,8 @@ class Gateway:
         identity = passage.identity
         # The engine makes the reply's id of it, so that feedback can name the reply alone.
         extra = {"x-request-id": f"{identity.rollout_id}-{secrets.token_hex(4)}"}
-        reply = await self._pass_on(
-            path, content, body, role, identity, passage.answerer, request, extra
-        )
+        call = Call(path, content, body, role, identity, passage.answerer, extra)
+        reply = await self._forward.call(call, request)
         reply.headers[ROLLOUT_HEADER] = identity.rollout_id
         reply.headers[VERSION_HEADER] = f"{role.policy}@{passage.version}"
         return reply
@@ -267,71 +252,17 @@ class Gateway:
         kept = json.dumps({"rollout": feedback.rollout_id, "kept": True})
         return Response(kept, media_type="application/json")
 
-    async def _pass_on(
-        self,
-        path: str,
-        content: bytes,
-        body: dict[str, Any],
-        role: Role,
-        identity: Identity,
-        answerer: Answerer,
-        request: Request,
-        extra: dict[str, str],
-    ) -> Response:
-        """Sends the call to who answers it."""
-        content, prompt = _with_prompt(path, content, body, role, identity)
-        by = Attribution(
-            identity.run_id, identity.rollout_id, identity.attempt_id, role.name, path, prompt
-        )
-        if answerer.upstream is not None:
-            return await self._ask_upstream(_Call(path, content, by, answerer), request)
-        headers = request_headers(request) | extra | attribution_headers(answerer.key, by)
-        url = answerer.url_for(identity.rollout_id) + path
-        noted = None
-        if identity.note_messages:
-            noted = NotedCall(self._spans, self._requests, role.policy, by, _parsed(content))
-        reply = await self._client().request(
-            "POST", url, params=request.query_params, data=content or None, headers=headers
-        )
-        return await (relay(reply) if noted is None else recorded(noted, reply))
-
     async def _list(self, path: str, request: Request, identity: Identity) -> Response:
         """The models that may be asked for: as the one engine says, or our own list of several."""
         (only, *others) = self._answerers.values()
-        if not others and only.upstream is None:
-            by = Attribution(identity.run_id, identity.rollout_id, identity.attempt_id, "", path)
-            headers = request_headers(request) | attribution_headers(only.key, by)
-            url = only.url_for(identity.rollout_id) + path
-            return await relay(await self._client().request("GET", url, headers=headers))
-        return self._own_list()
+        if others or only.upstream is not None:
+            return own_list(self._roles)
+        by = Attribution(identity.run_id, identity.rollout_id, identity.attempt_id, "", path)
+        return await self._forward.models(path, request, by, only)
 
-    def _own_list(self) -> Response:
-        names = dict.fromkeys(role.model for role in self._roles)
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "lightning-ray"}
-            for name in names
-        ]
-        return Response(
-            json.dumps({"object": "list", "data": models}), media_type="application/json"
-        )
-
-    async def _ask_upstream(self, call: _Call, request: Request) -> Response:
-        upstream = call.answerer.upstream
-        assert upstream is not None
-        # Parsed again where a prompt was put in: what is recorded is what was asked.
-        body = upstream_body(upstream, _parsed(call.content))
-        headers = request_headers(request) | upstream_headers(upstream, call.path)
-        asked = UpstreamCall(
-            self._spans, self._requests, upstream, call.answerer.policy, call.by, body
-        )
-        reply = await self._client().request(
-            "POST",
-            upstream_url(upstream, call.path),
-            params=request.query_params,
-            data=json.dumps(body).encode(),
-            headers=headers,
-        )
-        return await recorded(asked, reply)
+    def _enter(self, request: Request, who: str, limit: int, setting: str) -> None:
+        """Counts a call until its last byte. Raises TooManyCallsError."""
+        visit_of(request).leaving.append(self._limits.enter(who, limit, setting))
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.max_body_bytes
@@ -354,17 +285,3 @@ class Gateway:
             raise _Refusal(404, f"no role matches this request; the roles are: {describe(same)}")
         names = ", ".join(dict.fromkeys(role.model for role in self._roles))
         raise _Refusal(404, f"no model {model!r} here; the models are: {names}")
-
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            # Limits on calls are the queue's and the engine's; the pool must not add one. The total
-            # holds for a stream as well, which outlives `call`.
-            limit = aiohttp.ClientTimeout(total=self._config.call_timeout_s, sock_connect=10)
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
-                timeout=limit,
-                auto_decompress=False,
-                # Asked for by nobody, and passed on as it came.
-                skip_auto_headers=["Accept-Encoding"],
-            )
-        return self._session

@@ -40,6 +40,12 @@ class GatewayConfig:
     """Largest request body, bytes."""
     call_timeout_s: float = 300.0
     """Longest that one call may take, seconds."""
+    max_calls: int = 4096
+    """Calls that a replica answers at a time; one more is asked to come again."""
+    max_calls_per_attempt: int = 256
+    """Calls of one attempt at a time."""
+    replay_mib: int = 64
+    """Replies that a replica keeps for retries of their calls, MiB; 0 answers each retry anew."""
     telemetry: TelemetryLimits = field(default_factory=TelemetryLimits)
     """What one request of telemetry may hold."""
 
@@ -56,6 +62,8 @@ class ServingConfig:
     """Request header that tells a caller's conversations apart; without it, how they begin does."""
     conversation_idle_s: float = 1800.0
     """A conversation without a call for so long is over, seconds."""
+    max_calls_per_key: int = 1024
+    """Calls of one caller at a time."""
     max_engines: int = 2
     """Versions of one policy that have engines at the same time: champion, candidate, earlier."""
     poll_s: float = 0.25
@@ -79,6 +87,8 @@ def check_serving(config: ServingConfig) -> None:
             f"serving.max_engines={config.max_engines}: champion and candidate need one each, so "
             "at least 2"
         )
+    if config.max_calls_per_key < 1:
+        raise UserError(f"serving.max_calls_per_key={config.max_calls_per_key}: must be at least 1")
     for name in ("conversation_idle_s", "poll_s"):
         if getattr(config, name) <= 0:
             raise UserError(f"serving.{name}={getattr(config, name)}: must be above 0 seconds")
@@ -92,6 +102,11 @@ def check_gateway(config: GatewayConfig) -> None:
         raise UserError(f"gateway.num_replicas={config.num_replicas}: must be at least 1")
     if not config.models and not config.roles:
         raise UserError("gateway.models is empty: list the model names that the agent asks for")
+    for name in ("max_calls", "max_calls_per_attempt"):
+        if getattr(config, name) < 1:
+            raise UserError(f"gateway.{name}={getattr(config, name)}: must be at least 1")
+    if config.replay_mib < 0:
+        raise UserError(f"gateway.replay_mib={config.replay_mib}: must be 0 or more")
     if config.call_timeout_s <= 0 or config.max_body_bytes < 1:
         raise UserError("gateway.call_timeout_s and gateway.max_body_bytes must be above 0")
     check_telemetry(config.telemetry)

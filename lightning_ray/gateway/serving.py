@@ -50,6 +50,8 @@ def gateway_application(
     # What the decorator made of the class is a deployment, which type checkers cannot see.
     application: serve.Application = Gateway.options(  # type: ignore[attr-defined]
         num_replicas=config.num_replicas,
+        # The door itself refuses what is too much, with a reason; Serve would let it wait.
+        max_ongoing_requests=2 * config.max_calls,
         ray_actor_options={"num_cpus": config.num_cpus},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     ).bind(config, queue, list(roles), list(answerers), spans, live)

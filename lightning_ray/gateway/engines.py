@@ -1,0 +1,62 @@
+"""Asking engines: a rollout's own one, and another when that is dead.
+
+Invariant: a call goes to another engine only before a byte of a reply came, so an agent never sees
+the halves of two answers.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+from lightning_ray.gateway.answerers import Answerer
+
+log = logging.getLogger(__name__)
+
+DOWN_S = 5.0
+"""How long an engine that did not answer is asked after the others, seconds."""
+
+
+class Engines:
+    """Which engines answer, as one replica of the door has seen it."""
+
+    def __init__(self) -> None:
+        self._down: dict[str, float] = {}
+
+    def order(self, answerer: Answerer, rollout_id: str) -> list[str]:
+        """The engines in the order in which a rollout's call is to ask them."""
+        now = time.monotonic()
+        urls = answerer.urls_for(rollout_id)
+        return sorted(urls, key=lambda url: self._down.get(url, 0.0) > now)
+
+    async def ask(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        answerer: Answerer,
+        rollout_id: str,
+        path: str,
+        headers: Mapping[str, str],
+        **options: Any,
+    ) -> aiohttp.ClientResponse:
+        """The beginning of the reply of the first engine that gives one.
+
+        Raises aiohttp.ClientError when none does.
+        """
+        failed: aiohttp.ClientError | None = None
+        for url in self.order(answerer, rollout_id):
+            # Twice: the first connection may be an old one, which the engine closed meanwhile.
+            for _ in range(2):
+                try:
+                    return await session.request(method, url + path, headers=headers, **options)
+                except aiohttp.ClientConnectorError as error:
+                    failed = error
+                    break
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                    failed = error
+            self._down[url] = time.monotonic() + DOWN_S
+            log.warning("the engine at %s does not answer: %s", url, failed)
+        assert failed is not None
+        raise failed

@@ -1,0 +1,187 @@
+"""Calls through the real door, in front of stubs: limits, retries, dead engines, metrics."""
+
+import http.client
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import ray
+from stub_engine import REPLY, StubEngine, stub_engine
+
+from lightning_ray.gateway import (
+    Answerer,
+    GatewayConfig,
+    choose_port,
+    make_roles,
+    start_gateway,
+    stop_gateway,
+)
+from lightning_ray.rollouts import QueueClient, RolloutsConfig, RolloutSpec, start_queue
+from lightning_ray.rollouts.types import Lease
+from lightning_ray.spans import SpansConfig, start_store
+
+CHAT = "/v1/chat/completions"
+BODY = json.dumps({"model": "gpt-4o-mini", "messages": []}).encode()
+
+
+class Door:
+    """The gateway under test, its queue, and its two engines; `dead` is an address of nobody."""
+
+    def __init__(self, url: str, queue: QueueClient, stubs: list[StubEngine], answerer: Answerer):
+        self.port = urlsplit(url).port
+        self.queue = queue
+        self.stubs = stubs
+        self.answerer = answerer
+        self._attempts = 0
+
+    def lease(self, stays_on: str | None = None) -> Lease:
+        """A running attempt; of a rollout that stays on this engine, where one is given."""
+        while True:
+            self._attempts += 1
+            name = f"called-{self._attempts}"
+            if stays_on is None or self.answerer.urls_for(name)[0] == stays_on:
+                break
+        self.queue.enqueue([RolloutSpec(name, "task", {}, 600.0)])
+        return ray.get(self.queue.actor.dequeue.remote(5), timeout=10)
+
+    def post(self, lease: Lease, how: str = "", body: bytes = BODY, **headers: str) -> Any:
+        """Status, headers and body of a reply."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = {"content-type": "application/json", "x-test": how, **named}
+        connection.request("POST", f"/a/{lease.capability}{CHAT}", body, sent)
+        reply = connection.getresponse()
+        content = reply.read()
+        connection.close()
+        return reply.status, {name.lower(): v for name, v in reply.getheaders()}, content
+
+    def asked(self) -> int:
+        return sum(len(stub.requests) for stub in self.stubs)
+
+
+@pytest.fixture(scope="module")
+def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    config = GatewayConfig(call_timeout_s=20.0, max_calls_per_attempt=3, max_calls=250)
+    queue = start_queue("run", RolloutsConfig())
+    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
+    with stub_engine() as one, stub_engine() as two:
+        answerer = Answerer("policy", (one.url, two.url, "http://127.0.0.1:9"), "key")
+        url = start_gateway(
+            config,
+            choose_port(config),
+            queue.actor,
+            make_roles(config, "policy", ["policy"]),
+            [answerer],
+            store,
+        )
+        yield Door(url, queue, [one, two], answerer)
+        stop_gateway()
+    store.close()
+    ray.kill(queue.actor)
+
+
+def test_a_rollout_stays_on_its_engine_and_moves_when_that_is_dead(door: Door) -> None:
+    for stub in door.stubs:
+        lease, before = door.lease(stub.url), len(stub.requests)
+        for _ in range(3):
+            assert door.post(lease)[0] == 200
+        assert len(stub.requests) - before == 3
+    lease = door.lease("http://127.0.0.1:9")
+    before = [len(stub.requests) for stub in door.stubs]
+    for _ in range(3):
+        assert door.post(lease)[::2] == (200, REPLY)
+    moved = [len(stub.requests) - count for stub, count in zip(door.stubs, before, strict=True)]
+    assert sorted(moved) == [0, 3]
+
+
+def test_a_retry_gets_the_reply_of_its_call_and_another_attempt_does_not(door: Door) -> None:
+    lease, before = door.lease(), door.asked()
+    first = door.post(lease, x_stainless_retry_count="0")
+    again = door.post(lease, x_stainless_retry_count="1")
+    assert (first[0], first[2]) == (again[0], again[2]) == (200, REPLY)
+    assert "x-lightning-ray-replayed" not in first[1]
+    assert again[1]["x-lightning-ray-replayed"] == "true"
+    assert door.asked() - before == 1
+    # The same request once more is a call of its own, as long as it does not say otherwise.
+    assert "x-lightning-ray-replayed" not in door.post(lease)[1]
+    assert "x-lightning-ray-replayed" not in door.post(door.lease(), x_stainless_retry_count="1")[1]
+    other = door.post(lease, body=BODY[:-1] + b" }", x_stainless_retry_count="1")
+    assert "x-lightning-ray-replayed" not in other[1]
+    assert door.asked() - before == 4
+
+
+def test_a_stream_is_given_again_as_a_whole(door: Door) -> None:
+    lease = door.lease()
+    for stub in door.stubs:
+        for _ in range(4):
+            stub.piece.release()
+    first = door.post(lease, "stream", idempotency_key="k")
+    before = door.asked()
+    again = door.post(lease, "stream", idempotency_key="k")
+    assert first[2] == again[2] and b"[DONE]" in again[2]
+    assert again[1]["content-type"] == first[1]["content-type"]
+    assert door.asked() == before
+
+
+def test_an_attempt_has_only_so_many_calls_at_a_time(door: Door) -> None:
+    lease = door.lease()
+    held = [threading.Thread(target=door.post, args=(lease, "hang")) for _ in range(3)]
+    before = door.asked()
+    for thread in held:
+        thread.start()
+    deadline = time.monotonic() + 20
+    while door.asked() - before < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    status, headers, body = door.post(lease)
+    assert status == 429 and headers["retry-after"] == "1"
+    assert "gateway.max_calls_per_attempt" in json.loads(body)["error"]["message"]
+    assert door.post(door.lease())[0] == 200
+    for thread in held:
+        thread.join(30)
+    # They were ended at the limit of time, and count no longer.
+    assert door.post(lease)[0] == 200
+
+
+def test_two_hundred_agents_at_a_time_are_all_answered(door: Door) -> None:
+    leases = [door.lease() for _ in range(200)]
+
+    def call(lease: Lease) -> list[int]:
+        return [door.post(lease)[0] for _ in range(2)]
+
+    with ThreadPoolExecutor(200) as pool:
+        answered = [status for some in pool.map(call, leases, timeout=120) for status in some]
+    assert answered == [200] * 400
+
+
+def test_what_happens_at_the_door_can_be_scraped(door: Door) -> None:
+    assert door.post(door.lease())[0] == 200
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = (
+        "ray_lightning_ray_gateway_calls_total{",
+        "ray_lightning_ray_gateway_call_seconds_bucket{",
+        "ray_lightning_ray_gateway_first_byte_seconds_bucket{",
+        "ray_lightning_ray_gateway_requests_inside{",
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(address, timeout=10) as reply:
+            text = reply.read().decode()
+        if all(name in text for name in wanted):
+            break
+        assert time.monotonic() < deadline, "the door's metrics were not exported in 60 s"
+        time.sleep(1)
+    (calls,) = [
+        line
+        for line in text.splitlines()
+        if line.startswith(wanted[0]) and 'status="200"' in line and CHAT in line
+    ]
+    assert 'policy="policy"' in calls and 'role="gpt-4o-mini"' in calls
+    assert float(calls.rpartition(" ")[2]) > 0
