@@ -14,10 +14,9 @@ import pyarrow as pa
 
 from lightning_ray.errors import UserError
 from lightning_ray.spans import Query, query, querying
-from lightning_ray.spans.rewards import by_attempt
+from lightning_ray.spans.rewards import OUTCOMES, VERDICTS, by_attempt
 
 ROLLBACK_ATTRIBUTE = "lightning_ray.rollback"
-VERDICTS = ("accept", "correct", "override")
 
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 
@@ -66,6 +65,8 @@ class Outcome:
     rolled_back: bool = False
     verdicts: tuple[str, ...] = ()
     """Feedback on it by name: accept, correct, override."""
+    said: str | None = None
+    """What feedback last said it came to: resolved, unresolved or escalated."""
     cost_usd: float | None = None
     """Sum of what its spans give as `cost_usd`, over all attempts; None where none gives it."""
     usage: tuple[Usage, ...] = ()
@@ -187,12 +188,17 @@ def _telemetry(ask: Query, rollback_words: Sequence[str]) -> Fields:
 def _verdicts(ask: Query) -> Fields:
     # An agent's verdict on itself is no measure of it.
     select = """
-        SELECT rollout_id, list(name ORDER BY sequence) AS verdicts FROM decided
-        WHERE kind = 'feedback' AND list_contains(?, name)
-            AND source IS DISTINCT FROM 'agent' GROUP BY rollout_id
+        SELECT rollout_id,
+            list(name ORDER BY sequence) FILTER (list_contains($1, name)) AS verdicts,
+            max_by(name, sequence) FILTER (list_contains($2, name)) AS said
+        FROM decided
+        WHERE kind = 'feedback' AND source IS DISTINCT FROM 'agent' GROUP BY rollout_id
     """
-    rows = _rows(ask, select, [list(VERDICTS)])
-    return [(row["rollout_id"], {"verdicts": tuple(row["verdicts"])}) for row in rows]
+    rows = _rows(ask, select, [list(VERDICTS), list(OUTCOMES)])
+    return [
+        (row["rollout_id"], {"verdicts": tuple(row["verdicts"] or ()), "said": row["said"]})
+        for row in rows
+    ]
 
 
 def _costs(ask: Query) -> Fields:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation.config import REWARD_PREFIX, EvaluationConfig
 from lightning_ray.evaluation.measures import Interval, completion_quality, ratio, share
-from lightning_ray.evaluation.outcomes import VERDICTS, Outcome
+from lightning_ray.evaluation.outcomes import Outcome
+from lightning_ray.spans.rewards import VERDICTS
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _overrides(outcomes: Sequence[Outcome]) -> Measure:
 
 def _cost(outcomes: Sequence[Outcome], config: EvaluationConfig) -> Measure:
     def measured() -> Interval | str:
-        if not any(outcome.rewards for outcome in outcomes):
+        if not any(outcome.rewards or outcome.said for outcome in outcomes):
             return "no reward spans"
         if all(outcome.cost_usd is None and not outcome.usage for outcome in outcomes):
             return "no model_call spans, and none with cost_usd"
@@ -173,8 +174,8 @@ def _cost(outcomes: Sequence[Outcome], config: EvaluationConfig) -> Measure:
         return ratio([cost_of(outcome, config) for outcome in outcomes], resolved)
 
     definition = (
-        "cost of all attempts of all rollouts, divided by the number of rollouts with "
-        f"{config.reward} >= {config.resolved_at:g}"
+        "cost of all attempts of all rollouts, divided by the number of resolved ones: as "
+        f"feedback says, else those with {config.reward} >= {config.resolved_at:g}"
     )
     return _measure("cost_per_resolved", definition, "usd", False, measured)
 
@@ -190,6 +191,8 @@ def cost_of(outcome: Outcome, config: EvaluationConfig) -> float:
 
 
 def _resolved(outcome: Outcome, config: EvaluationConfig) -> bool:
+    if outcome.said is not None:
+        return outcome.said == "resolved"
     return outcome.rewards.get(config.reward, -math.inf) >= config.resolved_at
 
 

@@ -91,6 +91,7 @@ class Forwarder:
             call.role.name,
             call.path,
             prompt,
+            identity.sampling,
         )
         if call.answerer.upstream is not None:
             body = json.loads(content) if prompt else call.body
@@ -118,9 +119,12 @@ class Forwarder:
     ) -> Response:
         upstream = call.answerer.upstream
         assert upstream is not None
-        body = upstream_body(upstream, body)
+        asked_for = body
+        body = upstream_body(upstream, asked_for, by)
         headers = request_headers(request) | upstream_headers(upstream, call.path)
-        asked = UpstreamCall(self._spans, self._requests, upstream, call.answerer.policy, by, body)
+        asked = UpstreamCall(
+            self._spans, self._requests, upstream, call.answerer.policy, by, body, asked_for
+        )
         reply = await self._client().request(
             "POST",
             upstream_url(upstream, call.path),

@@ -17,12 +17,11 @@ from lightning_ray.gateway.config import ServingConfig
 from lightning_ray.gateway.desk import LIVE, Desk, LivePolicy, Passage
 from lightning_ray.gateway.given_rewards import finite, step_number
 from lightning_ray.spans import SpanKind, span
-from lightning_ray.spans.rewards import PERSON, SERVICE
+from lightning_ray.spans.rewards import OUTCOMES, PERSON, SERVICE, VERDICTS
 
 ROLLOUT_HEADER = "x-lightning-ray-rollout"
 """On every reply of live traffic: what feedback names."""
 
-VERDICTS = ("accept", "correct", "override")
 _REPLY_ID = re.compile(rf"({LIVE}[0-9a-f]+-[0-9a-f]+)")
 _TEXT_LIMIT = 100_000
 
@@ -118,6 +117,8 @@ class Feedback:
     """"person" or "service"."""
     step: int | None = None
     """The step that it is about; None is the conversation as a whole."""
+    outcome: str | None = None
+    """What the conversation came to."""
 
     def spans(self, run_id: str, caller: str) -> list[dict[str, Any]]:
         """As spans of the conversation's attempt."""
@@ -138,6 +139,8 @@ class Feedback:
         rows = []
         if self.verdict is not None:
             rows.append(span(SpanKind.FEEDBACK, self.verdict, **place, **about))
+        if self.outcome is not None:
+            rows.append(span(SpanKind.FEEDBACK, self.outcome, **place, **about | {"step": None}))
         for name, value in self.rewards.items():
             rows.append(span(SpanKind.REWARD, name, **place, value=value, **about))
         return rows
@@ -146,7 +149,7 @@ class Feedback:
 def parse_feedback(body: Mapping[str, Any]) -> Feedback:
     """Reads the body of a POST to /v1/feedback. Raises ValueError, saying what to change."""
     known = {"rollout", "reply_id", "verdict", "correction", "reward", "rewards", "by", "comment"}
-    known |= {"source", "step"}
+    known |= {"source", "step", "outcome"}
     if unknown := sorted(set(body) - known):
         raise ValueError(f"{unknown[0]!r} is no field; the fields are: {', '.join(sorted(known))}")
     reply_id, verdict = _text(body, "reply_id"), _text(body, "verdict")
@@ -162,6 +165,9 @@ def parse_feedback(body: Mapping[str, Any]) -> Feedback:
     if verdict is not None and verdict not in VERDICTS:
         raise ValueError(f"verdict {verdict!r} is none of {', '.join(VERDICTS)}")
     correction = _text(body, "correction")
+    outcome = _text(body, "outcome")
+    if outcome is not None and outcome not in OUTCOMES:
+        raise ValueError(f"outcome {outcome[:100]!r} is none of {', '.join(OUTCOMES)}")
     if verdict == "correct" and correction is None:
         raise ValueError("verdict 'correct' needs `correction`: what the answer should have been")
     by, source = _text(body, "by"), _text(body, "source")
@@ -171,8 +177,8 @@ def parse_feedback(body: Mapping[str, Any]) -> Feedback:
     if source not in (PERSON, SERVICE):
         raise ValueError(f"source {source[:100]!r} is neither {PERSON!r} nor {SERVICE!r}")
     rewards = _rewards(body)
-    if verdict is None and not rewards:
-        raise ValueError("say something: `verdict`, `reward` or `rewards`")
+    if verdict is None and outcome is None and not rewards:
+        raise ValueError("say something: `verdict`, `outcome`, `reward` or `rewards`")
     return Feedback(
         rollout_id,
         reply_id,
@@ -183,6 +189,7 @@ def parse_feedback(body: Mapping[str, Any]) -> Feedback:
         _text(body, "comment"),
         source,
         step_number(body),
+        outcome,
     )
 
 

@@ -5,17 +5,27 @@ call that the upstream answered becomes a span, on disk before the last bytes ar
 no tokens, for none are shown.
 """
 
+import json
+import zlib
 from typing import Any
 
 from lightning_ray.gateway.answered import AnsweredCall
 from lightning_ray.gateway.answerers import Upstream
 from lightning_ray.gateway.reply_reader import Reply
-from lightning_ray.inference import Attribution
+from lightning_ray.inference import Attribution, settled
 from lightning_ray.spans import RequestLog, SpanClient, SpanKind, SpanStatus
 
 Json = dict[str, Any]
 
-_SAMPLING = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "n")
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "seed",
+    "n",
+)
 
 
 def upstream_url(upstream: Upstream, path: str) -> str:
@@ -32,9 +42,35 @@ def upstream_headers(upstream: Upstream, path: str) -> dict[str, str]:
     return {"authorization": f"Bearer {upstream.key}"}
 
 
-def upstream_body(upstream: Upstream, body: Json) -> Json:
-    """The request as the upstream is asked: under its own model name."""
-    return body if upstream.model is None else {**body, "model": upstream.model}
+def upstream_body(upstream: Upstream, body: Json, by: Attribution) -> Json:
+    """The request as the upstream is asked: under its own model name, sampled as the run sets."""
+    changed = _sampling(body, by)
+    if upstream.model is not None:
+        changed["model"] = upstream.model
+    return {**body, **changed} if changed else body
+
+
+def _sampling(body: Json, by: Attribution) -> Json:
+    """What the run sets of a request's sampling, in the fields of its protocol."""
+    if not by.sampling:
+        return {}
+    limit = "max_tokens"
+    if by.path.startswith("/v1/responses"):
+        limit = "max_output_tokens"
+    elif by.path.startswith("/v1/chat") and "max_tokens" not in body:
+        limit = "max_completion_tokens"
+    asked = {name: body.get(name) for name in ("temperature", "top_p", "top_k", "seed")}
+    asked["max_tokens"] = body.get(limit)
+    # Nobody here counts an upstream's calls: those of an attempt that ask the same share a seed.
+    number = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    changed: Json = settled(asked, by.sampling, by.attempt_id, number)
+    known = () if by.path.startswith("/v1/chat") or by.path == "/v1/completions" else ("seed",)
+    for name in ("top_k", *known):
+        # An upstream that does not know them would refuse the call.
+        changed.pop(name, None)
+    if "max_tokens" in changed:
+        changed[limit] = changed.pop("max_tokens")
+    return changed
 
 
 class UpstreamCall(AnsweredCall):
@@ -48,14 +84,20 @@ class UpstreamCall(AnsweredCall):
         policy: str,
         by: Attribution,
         body: Json,
+        asked_for: Json,
     ):
+        """`body` is what the upstream is asked, `asked_for` what the agent sent."""
         super().__init__(spans, log, policy, by, body)
         self._upstream = upstream
+        self._asked = {
+            name: asked_for.get(name) for name in _SAMPLING if asked_for.get(name) != body.get(name)
+        }
 
     async def _record(self, said: Reply, status: SpanStatus, http_status: int) -> None:
         attributes: Json = {
             **self._said(said),
             "sampling": {name: self._body[name] for name in _SAMPLING if name in self._body},
+            **({"asked": self._asked} if self._asked else {}),
             "reply_id": said.reply_id,
             "upstream": self._upstream.base_url,
             "upstream_model": said.model,

@@ -8,12 +8,22 @@ from lightning_ray.inference.attribution import Attribution, attribution_headers
 from lightning_ray.inference.config import InferenceConfig, check_inference
 from lightning_ray.inference.engine import EngineState
 from lightning_ray.inference.group import InferenceGroup
+from lightning_ray.inference.sampling import (
+    SamplingConfig,
+    check_sampling,
+    settled,
+    what_is_set,
+)
 
 __all__ = [
     "Attribution",
     "EngineState",
     "InferenceConfig",
     "InferenceGroup",
+    "SamplingConfig",
     "attribution_headers",
     "check_inference",
+    "check_sampling",
+    "settled",
+    "what_is_set",
 ]

@@ -6,9 +6,10 @@ passes its request id on to `generate`.
 """
 
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 KEY_HEADER = "x-lightning-ray-key"
@@ -17,6 +18,18 @@ ROLLOUT_HEADER = "x-lightning-ray-rollout"
 ATTEMPT_HEADER = "x-lightning-ray-attempt"
 ROLE_HEADER = "x-lightning-ray-role"
 PROMPT_HEADER = "x-lightning-ray-prompt"
+SAMPLING_HEADER = "x-lightning-ray-sampling"
+_OURS = frozenset(
+    {
+        KEY_HEADER,
+        RUN_HEADER,
+        ROLLOUT_HEADER,
+        ATTEMPT_HEADER,
+        ROLE_HEADER,
+        PROMPT_HEADER,
+        SAMPLING_HEADER,
+    }
+)
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,6 +50,8 @@ class Attribution:
     """The protocol's path, "/v1/chat/completions" say."""
     prompt: str = ""
     """The prompt version that took the place of the agent's own, NAME@VERSION; empty for none."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What the run sets of the call's sampling, by name (`SamplingConfig`)."""
 
 
 current_attribution: ContextVar[Attribution | None] = ContextVar("attribution", default=None)
@@ -58,9 +73,8 @@ class AttributionMiddleware:
             await _refuse(scope, send)
             return
         # Nothing of ours is shown to the handlers, and so to no log of theirs.
-        ours = {KEY_HEADER, RUN_HEADER, ROLLOUT_HEADER, ATTEMPT_HEADER, ROLE_HEADER, PROMPT_HEADER}
         scope["headers"] = [
-            (name, value) for name, value in scope["headers"] if name.decode("latin-1") not in ours
+            (name, value) for name, value in scope["headers"] if name.decode("latin-1") not in _OURS
         ]
         attribution = None
         if ATTEMPT_HEADER in headers:
@@ -71,6 +85,7 @@ class AttributionMiddleware:
                 role=headers.get(ROLE_HEADER, b"").decode(),
                 path=scope["path"],
                 prompt=headers.get(PROMPT_HEADER, b"").decode(),
+                sampling=json.loads(headers.get(SAMPLING_HEADER, b"{}")),
             )
         token = current_attribution.set(attribution)
         try:
@@ -90,6 +105,8 @@ def attribution_headers(key: str, attribution: Attribution) -> dict[str, str]:
     }
     if attribution.prompt:
         headers[PROMPT_HEADER] = attribution.prompt
+    if attribution.sampling:
+        headers[SAMPLING_HEADER] = json.dumps(dict(attribution.sampling))
     return headers
 
 

@@ -12,6 +12,7 @@ import ray
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.gate import WeightGate
+from lightning_ray.inference.meters import EngineMeters
 from lightning_ray.inference.recorder import CallRecorder
 from lightning_ray.spans import SpanClient
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from lightning_ray.inference.vllm_internals import RecordingLLM
 
 log = logging.getLogger(__name__)
+
+COUNT_EVERY_S = 1.0
+"""How often the calls inside are counted for the metrics, seconds."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ class InferenceEngine:
         self._policy = policy
         self._names = names
         self._key = key
-        self._recorder = CallRecorder(spans.append)
+        self._meters = EngineMeters(policy)
+        self._recorder = CallRecorder(spans.append, self._meters.call)
         self._gate = WeightGate(version)
         self._engine: RecordingLLM | None = None
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._counting: asyncio.Task[None] | None = None
         self._url = ""
 
     async def start(self) -> str:
@@ -73,6 +79,7 @@ class InferenceEngine:
         arguments = vllm.server_arguments(self._model_dir, self._names, self._config)
         self._engine = vllm.make_engine(arguments)
         self._engine.attach(self._recorder, self._gate, self._policy, self._config.update_timeout_s)
+        self._counting = asyncio.create_task(self._count())
         app = await vllm.make_app(self._engine, arguments, self._key)
         self._url = await self._serve(app)
         return self._url
@@ -110,8 +117,15 @@ class InferenceEngine:
 
         return await vllm.weight_digest(self._running())
 
+    async def _count(self) -> None:
+        while True:
+            self._meters.inside(self._gate.calls, self._gate.waiting)
+            await asyncio.sleep(COUNT_EVERY_S)
+
     async def stop(self) -> None:
         """Stops serving and ends vLLM's own processes."""
+        if self._counting is not None:
+            self._counting.cancel()
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await asyncio.wait([self._serving], timeout=5)

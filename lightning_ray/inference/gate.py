@@ -17,6 +17,7 @@ class WeightGate:
     def __init__(self, version: int):
         self.version = version
         self._inside = 0
+        self._waiting = 0
         self._open = asyncio.Event()
         self._open.set()
         self._idle = asyncio.Event()
@@ -28,12 +29,18 @@ class WeightGate:
         """Calls inside now."""
         return self._inside
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait outside now."""
+        return self._waiting
+
     async def enter(self, timeout_s: float) -> int:
         """Waits until no change is under way; returns the version that will answer.
 
         Raises InfrastructureError after `timeout_s` seconds, or when a change has failed. Every
         `enter` that returned is followed by `leave`.
         """
+        self._waiting += 1
         try:
             async with asyncio.timeout(timeout_s):
                 # Another change may begin between the event and our turn, so look again.
@@ -43,6 +50,8 @@ class WeightGate:
             raise InfrastructureError(
                 f"the weights were still changing after {timeout_s:g} s"
             ) from error
+        finally:
+            self._waiting -= 1
         if self._broken:
             raise InfrastructureError(self._broken)
         self._inside += 1

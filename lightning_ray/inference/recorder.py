@@ -52,6 +52,9 @@ class OpenCall:
     policy: str
     version: int
     sampling: Mapping[str, Any]
+    """How the tokens were drawn."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """What the agent had asked for where the run set something else."""
     start_ns: int = field(default_factory=time.time_ns)
     first_token_ns: int | None = None
     prompt_ids: Sequence[int] | None = None
@@ -67,9 +70,15 @@ class OpenCall:
 class CallRecorder:
     """Turns calls into spans; one per engine."""
 
-    def __init__(self, append: Append):
-        """`append` stores rows of SPAN_SCHEMA and returns once they are on disk."""
+    def __init__(
+        self, append: Append, observe: Callable[[OpenCall, SpanStatus], None] | None = None
+    ):
+        """`append` stores rows of SPAN_SCHEMA and returns once they are on disk.
+
+        `observe` is told of each call that is over.
+        """
         self._append = append
+        self._observe = observe
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self.calls = 0
         self.sampled_tokens = 0
@@ -111,6 +120,7 @@ class CallRecorder:
                         "choice": index,
                         "prompt_tokens": len(prompt),
                         "sampling": dict(call.sampling),
+                        **({"asked": dict(call.asked)} if call.asked else {}),
                         **({"prompt": call.attribution.prompt} if call.attribution.prompt else {}),
                         "first_token_ms": _milliseconds(call.start_ns, call.first_token_ns),
                     },
@@ -118,6 +128,8 @@ class CallRecorder:
             )
             self.sampled_tokens += len(choice.token_ids)
         self.calls += 1
+        if self._observe is not None:
+            self._observe(call, status)
         await self._append(rows)
         # Only what is stored may be continued. Another call of the attempt may have ended while
         # this one was being stored, so what is known is looked up again.

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import logging
 from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
@@ -23,15 +24,25 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.attribution import (
     App,
+    Attribution,
     AttributionMiddleware,
     current_attribution,
 )
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.gate import WeightGate
-from lightning_ray.inference.recorder import CallRecorder, Choice, OpenCall
+from lightning_ray.inference.recorder import (
+    REMEMBERED_ATTEMPTS,
+    CallRecorder,
+    Choice,
+    OpenCall,
+)
+from lightning_ray.inference.sampling import settled
 from lightning_ray.spans import SpanStatus
 
 log = logging.getLogger(__name__)
+
+SAMPLED = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+"""What a run may set of a call."""
 
 
 class RecordingLLM(AsyncLLM):
@@ -45,6 +56,8 @@ class RecordingLLM(AsyncLLM):
     _policy: str
     _wait_s: float
     _winding_up: set[asyncio.Task[None]]
+    _numbers: OrderedDict[str, int]
+    """How many calls each of the latest attempts has made."""
 
     def attach(self, recorder: CallRecorder, gate: WeightGate, policy: str, wait_s: float) -> None:
         """Must be called once, before the engine serves anybody."""
@@ -53,19 +66,21 @@ class RecordingLLM(AsyncLLM):
         self._policy = policy
         self._wait_s = wait_s
         self._winding_up = set()
+        self._numbers = OrderedDict()
 
     async def generate(  # type: ignore[override]
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As AsyncLLM.generate; the call is recorded before its last output is yielded."""
         # Before the gate: nothing may go wrong between entering it and the `try` that leaves it.
-        facts = _sampling_facts(sampling_params)
         attribution = current_attribution.get()
+        asked = {} if attribution is None else self._set_sampling(sampling_params, attribution)
+        facts = _sampling_facts(sampling_params)
         version = await self._gate.enter(self._wait_s)
         outputs = super().generate(prompt, sampling_params, request_id, **options)
         call = None
         if attribution is not None:
-            call = OpenCall(attribution, self._policy, version, facts)
+            call = OpenCall(attribution, self._policy, version, facts, asked)
             if sampling_params.logprobs is None:
                 # The sampled token's own logprob; a reply that did not ask for it stays as it is.
                 sampling_params.logprobs = 0
@@ -97,6 +112,29 @@ class RecordingLLM(AsyncLLM):
             log.error("an abandoned call could not be recorded: %s", error)
         finally:
             self._gate.leave()
+
+    def _set_sampling(self, params: SamplingParams, by: Attribution) -> dict[str, Any]:
+        """Sets what the run sets; returns what the agent had asked for there.
+
+        Raises ValueError for what vLLM cannot draw so, such as several greedy samples.
+        """
+        if not by.sampling:
+            return {}
+        number = self._numbers.pop(by.attempt_id, 0)
+        self._numbers[by.attempt_id] = number + 1
+        while len(self._numbers) > REMEMBERED_ATTEMPTS:
+            self._numbers.popitem(last=False)
+        asked = {name: getattr(params, name) for name in SAMPLED}
+        changed = settled(asked, by.sampling, by.attempt_id, number)
+        for name, value in changed.items():
+            setattr(params, name, value)
+        # It is worked out once, from what the agent had asked for.
+        vars(params).pop("sampling_type", None)
+        params._verify_args()
+        if params.temperature == 0:
+            params.top_p, params.top_k, params.min_p = 1.0, 0, 0.0
+            params._verify_greedy_sampling()
+        return {name: asked[name] for name in changed}
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

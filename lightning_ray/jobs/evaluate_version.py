@@ -121,7 +121,8 @@ def _score(
 ) -> Side:
     """Runs every task on the version that the engines have, and reads what came of it."""
     samples = config.evaluation.samples_per_task
-    specs = rollout_specs(f"v{version.number:05d}", secrets.token_hex(3), tasks, samples, config)
+    prefix = f"v{version.number:05d}"
+    specs = rollout_specs(prefix, secrets.token_hex(3), tasks, samples, config, heldout=True)
     with progress.phase(f"scoring {version.label}", slow=True):
         records = run_rollouts(parts.queue, specs, config.rollouts.batch_timeout_s, progress)
     note_failures(records, progress)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ray.errors import UserError
+from lightning_ray.inference import SamplingConfig, check_sampling
 from lightning_ray.rollouts.types import RETRIED, AttemptStatus
 
 TASK_FIELD = "rollout"
@@ -42,6 +43,10 @@ class RolloutsConfig:
     """Telemetry and rewards of an attempt are still taken this long after its end, seconds."""
     batch_timeout_s: float = 1800.0
     """Longest that the trainer waits for the rollouts of one batch, seconds."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the calls of rollouts are sampled; what is null is left to the agent."""
+    heldout_sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """The same for rollouts of held-out tasks."""
     num_cpus: float = 0.0
     """Processors that Ray sets aside for one worker."""
     node_labels: dict[str, str] = field(default_factory=dict)
@@ -59,6 +64,8 @@ def check_rollouts(config: RolloutsConfig) -> None:
     for name in ("linger_s", "silence_s", "max_faults"):
         if getattr(config, name) < 0:
             raise UserError(f"rollouts.{name}={getattr(config, name)}: must be 0 or above")
+    check_sampling(config.sampling, "rollouts.sampling")
+    check_sampling(config.heldout_sampling, "rollouts.heldout_sampling")
     known = [status.value for status in RETRIED]
     for status in config.retry_on:
         if status not in known:

@@ -322,7 +322,12 @@ class Lifecycle:
         self._requests[attempt.request] = attempt.attempt_id
         self._held.setdefault(attempt.worker, set()).add(attempt.attempt_id)
         self._open[attempt.digest] = Identity(
-            self._run_id, spec.rollout_id, attempt.attempt_id, spec.prompts, spec.note_messages
+            self._run_id,
+            spec.rollout_id,
+            attempt.attempt_id,
+            spec.prompts,
+            spec.note_messages,
+            spec.sampling,
         )
         heappush(self._due, _Due(attempt.deadline, attempt.attempt_id, silence=False))
         if attempt.status is AttemptStatus.RUNNING:

@@ -71,6 +71,8 @@ class RolloutSpec:
     """Higher ones are handed out first; those of one priority in the order of their arrival."""
     max_faults: int = 3
     """Times that it is tried again after a fault of ours; none of them is an agent's attempt."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """What is set of how its calls are sampled, by name (`inference.SamplingConfig`)."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Identity:
     prompts: tuple[PromptVersion, ...] = ()
     """As in the rollout's spec."""
     note_messages: bool = False
+    """As in the rollout's spec."""
+    sampling: dict[str, float] = field(default_factory=dict)
     """As in the rollout's spec."""
 
 

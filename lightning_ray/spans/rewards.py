@@ -21,6 +21,11 @@ GRADER = "grader"
 SERVICE = "service"
 PERSON = "person"
 
+VERDICTS = ("accept", "correct", "override")
+"""What feedback says of an answer, as the name of its span."""
+OUTCOMES = ("resolved", "unresolved", "escalated")
+"""What feedback says a workflow came to, as the name of its span."""
+
 _COLUMNS = ["rollout_id", "attempt_id", "name", "step", "value", "source", "sequence", "span_id"]
 REWARD_SCHEMA = pa.schema([SPAN_SCHEMA.field(name).with_nullable(True) for name in _COLUMNS])
 """The columns of `rewards` and `reward_history`."""

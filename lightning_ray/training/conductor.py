@@ -139,7 +139,7 @@ class Conductor:
             samples = self._config.evaluation.samples_per_task
             # Named after the step: the spans of two evaluations must not meet in one attempt.
             prefix = f"{MEASURING}-s{self.state.step:05d}"
-            records = self._rollouts(prefix, self._heldout, samples)
+            records = self._rollouts(prefix, self._heldout, samples, heldout=True)
         note_failures(records, self._progress)
         if not any(came_to_reward(record) for record in records):
             raise UserError(f"no held-out rollout came to a reward; the first: {why(records[0])}")
@@ -211,9 +211,11 @@ class Conductor:
         }
         return metrics
 
-    def _rollouts(self, prefix: str, tasks: Sequence[Task], samples: int) -> list[RolloutRecord]:
+    def _rollouts(
+        self, prefix: str, tasks: Sequence[Task], samples: int, *, heldout: bool = False
+    ) -> list[RolloutRecord]:
         """Runs `samples` rollouts of each task; returns their records in order, all ended."""
-        specs = rollout_specs(prefix, self._session, tasks, samples, self._config)
+        specs = rollout_specs(prefix, self._session, tasks, samples, self._config, heldout=heldout)
         limit = self._config.rollouts.batch_timeout_s
         return run_rollouts(self._parts.queue, specs, limit, self._progress)
 

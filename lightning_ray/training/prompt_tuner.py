@@ -116,7 +116,12 @@ class PromptTuner:
             return None
         samples = self._config.evaluation.samples_per_task
         specs = rollout_specs(
-            f"heldout-v{number:04d}", self._session, self._heldout, samples, self._config
+            f"heldout-v{number:04d}",
+            self._session,
+            self._heldout,
+            samples,
+            self._config,
+            heldout=True,
         )
         prompts = self._prompts(number, candidate)
         with self._progress.phase(f"scoring prompt version {number}", slow=True):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_ray.agents import Task
 from lightning_ray.evaluation import EvaluationConfig, Outcome, read_outcomes
+from lightning_ray.inference import what_is_set
 from lightning_ray.rollouts import QueueClient, RolloutRecord, RolloutSpec, RolloutStatus, policy_of
 from lightning_ray.spans import SpanClient
 from lightning_ray.tracking import Progress
@@ -17,18 +18,28 @@ log = logging.getLogger(__name__)
 
 
 def rollout_specs(
-    prefix: str, session: str, tasks: Sequence[Task], samples: int, config: TrainConfig
+    prefix: str,
+    session: str,
+    tasks: Sequence[Task],
+    samples: int,
+    config: TrainConfig,
+    *,
+    heldout: bool = False,
 ) -> list[RolloutSpec]:
     """`samples` rollouts of each task, a group per task.
 
-    Ids begin with `prefix`; `session` tells apart what is done a second time.
+    Ids begin with `prefix`; `session` tells apart what is done a second time. `heldout` says that
+    these are held-out tasks, sampled as `rollouts.heldout_sampling` says.
     """
+    sampling = config.rollouts.heldout_sampling if heldout else config.rollouts.sampling
+    settings = what_is_set(sampling)
     return [
         RolloutSpec(
             rollout_id=rollout_id(prefix, session, place, sample),
             task_id=task.id,
             task=task.data,
             group_id=f"{prefix}-{place:04d}",
+            sampling=settings,
             **policy_of(config.rollouts, config.agent.timeout_s, task.id, task.data),
         )
         for place, task in enumerate(tasks)

@@ -147,6 +147,26 @@ def test_a_call_with_a_cost_of_its_own_needs_no_price() -> None:
     assert value(rows, "cost_per_resolved") == 2.0
 
 
+def test_whether_a_workflow_is_resolved_is_for_feedback_to_say() -> None:
+    def said(attempt_id: str, outcome: str) -> dict[str, Any]:
+        return make(SpanKind.FEEDBACK, outcome, attempt_id, source="person")
+
+    rows = [
+        *[call(f"{name}/1", prompt_tokens=9, cost_usd=2.0) for name in "abcd"],
+        *attempt("a/1", "t", {"reward": 1.0}),
+        said("a/1", "resolved"),
+        said("a/1", "escalated"),
+        *attempt("b/1", "t", {"reward": 0.0}),
+        said("b/1", "unresolved"),
+        said("b/1", "resolved"),
+        *attempt("c/1", "t", {"reward": 1.0}),
+        make(SpanKind.FEEDBACK, "unresolved", "c/1", source="agent"),
+        said("d/1", "resolved"),
+    ]
+    # b and d by what was last said, c by its reward; a is not.
+    assert value(rows, "cost_per_resolved") == pytest.approx(8.0 / 3)
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [

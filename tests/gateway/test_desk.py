@@ -154,6 +154,11 @@ ROLLOUT = "live-0a1b2c3d-0123456789abcdef"
             },
             ["feedback", "reward"],
         ),
+        ({"rollout": ROLLOUT, "outcome": "resolved", "by": "ann"}, ["feedback"]),
+        (
+            {"rollout": ROLLOUT, "verdict": "override", "outcome": "escalated"},
+            ["feedback", "feedback"],
+        ),
     ],
 )
 def test_feedback_becomes_spans_of_its_conversation(body, kinds):
@@ -183,6 +188,7 @@ def test_feedback_says_who_gave_it_and_for_which_step(said, source):
         ({"reply_id": "chatcmpl-1", "verdict": "accept"}, "name the conversation"),
         ({"rollout": ROLLOUT}, "say something"),
         ({"rollout": ROLLOUT, "verdict": "great"}, "none of accept, correct, override"),
+        ({"rollout": ROLLOUT, "outcome": "won"}, "none of resolved, unresolved, escalated"),
         ({"rollout": ROLLOUT, "verdict": "correct"}, "needs `correction`"),
         ({"rollout": ROLLOUT, "reward": "1"}, "give a finite number"),
         ({"rollout": ROLLOUT, "reward": float("nan")}, "give a finite number"),
