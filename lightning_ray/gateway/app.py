@@ -29,6 +29,7 @@ from lightning_ray.gateway.forwarding import Call, Forwarder, own_list
 from lightning_ray.gateway.intake import TOLD, Intake, refuse
 from lightning_ray.gateway.limits import CallLimits, TooManyCallsError
 from lightning_ray.gateway.live import ROLLOUT_HEADER, LiveDoor, parse_feedback
+from lightning_ray.gateway.openapi import describe_routes
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
 from lightning_ray.gateway.roles import Role, describe
 from lightning_ray.gateway.telemetry import BULK, RETRY_S, TRACES
@@ -122,6 +123,11 @@ class Gateway:
         self._desk = live.desk if live else None
         self._serving = live.config if live else None
         self._run_id = live.run_id if live else ""
+
+    @app.get("/openapi.json")
+    async def describe(self) -> dict[str, Any]:
+        """The description of the door's own routes."""
+        return describe_routes()
 
     @app.api_route("/a/{capability}/{path:path}", methods=["GET", "POST"])
     async def call(self, capability: str, path: str, request: Request) -> Response:

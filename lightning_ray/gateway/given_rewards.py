@@ -76,8 +76,7 @@ def _reward(one: Any) -> GivenReward:
     if comment is not None and (not isinstance(comment, str) or len(comment) > _COMMENT_LIMIT):
         raise ValueError(f"`comment` is to be a text of at most {_COMMENT_LIMIT} characters")
     for text in (name, comment or ""):
-        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError("a text has half of a character in it (an unpaired surrogate)")
+        check_whole(text)
     return GivenReward(name, finite(name, one["value"]), step_number(one), comment)
 
 
@@ -91,6 +90,12 @@ def finite(name: str, value: Any) -> float:
     if not good:
         raise ValueError(f"reward {name!r} is {str(value)[:100]}: give a finite number")
     return float(value)
+
+
+def check_whole(text: str) -> None:
+    """Raises ValueError for a text that no encoding can write."""
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("a text has half of a character in it (an unpaired surrogate)")
 
 
 def step_number(body: Mapping[str, Any]) -> int | None:

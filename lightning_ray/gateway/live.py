@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway.config import ServingConfig
 from lightning_ray.gateway.desk import LIVE, Desk, LivePolicy, Passage
-from lightning_ray.gateway.given_rewards import finite, step_number
+from lightning_ray.gateway.given_rewards import check_whole, finite, step_number
 from lightning_ray.spans import SpanKind, span
 from lightning_ray.spans.rewards import OUTCOMES, PERSON, SERVICE, VERDICTS
 
@@ -200,7 +200,9 @@ def _rewards(body: Mapping[str, Any]) -> dict[str, float]:
     given: dict[str, Any] = dict(named or {})
     if body.get("reward") is not None:
         given["reward"] = body["reward"]
-    return {str(name): finite(str(name), value) for name, value in given.items()}
+    for name in given:
+        check_whole(name)
+    return {name: finite(name, value) for name, value in given.items()}
 
 
 def _text(body: Mapping[str, Any], name: str) -> str | None:
@@ -209,4 +211,5 @@ def _text(body: Mapping[str, Any], name: str) -> str | None:
         return None
     if not isinstance(value, str) or len(value) > _TEXT_LIMIT:
         raise ValueError(f"`{name}` is to be a text of at most {_TEXT_LIMIT} characters")
+    check_whole(value)
     return value

@@ -8,36 +8,27 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import ray
+from doors import NOBODY, OpenDoor, open_door
 from stub_engine import REPLY, StubEngine, stub_engine
 
-from lightning_ray.gateway import (
-    Answerer,
-    GatewayConfig,
-    choose_port,
-    make_roles,
-    start_gateway,
-    stop_gateway,
-)
-from lightning_ray.rollouts import QueueClient, RolloutsConfig, RolloutSpec, start_queue
+from lightning_ray.gateway import Answerer, GatewayConfig
 from lightning_ray.rollouts.types import Lease
-from lightning_ray.spans import SpansConfig, start_store
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"model": "gpt-4o-mini", "messages": []}).encode()
 
 
 class Door:
-    """The gateway under test, its queue, and its two engines; `dead` is an address of nobody."""
+    """The gateway under test and its two engines; a third is an address where nobody answers."""
 
-    def __init__(self, url: str, queue: QueueClient, stubs: list[StubEngine], answerer: Answerer):
-        self.port = urlsplit(url).port
-        self.queue = queue
+    def __init__(self, door: OpenDoor, stubs: list[StubEngine], answerer: Answerer):
+        self.port = door.port
         self.stubs = stubs
-        self.answerer = answerer
+        self._door = door
+        self._answerer = answerer
         self._attempts = 0
 
     def lease(self, stays_on: str | None = None) -> Lease:
@@ -45,10 +36,8 @@ class Door:
         while True:
             self._attempts += 1
             name = f"called-{self._attempts}"
-            if stays_on is None or self.answerer.urls_for(name)[0] == stays_on:
-                break
-        self.queue.enqueue([RolloutSpec(name, "task", {}, 600.0)])
-        return ray.get(self.queue.actor.dequeue.remote(5), timeout=10)
+            if stays_on is None or self._answerer.urls_for(name)[0] == stays_on:
+                return self._door.lease(name)
 
     def post(self, lease: Lease, how: str = "", body: bytes = BODY, **headers: str) -> Any:
         """Status, headers and body of a reply."""
@@ -68,22 +57,10 @@ class Door:
 @pytest.fixture(scope="module")
 def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     config = GatewayConfig(call_timeout_s=20.0, max_calls_per_attempt=3, max_calls=250)
-    queue = start_queue("run", RolloutsConfig())
-    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
     with stub_engine() as one, stub_engine() as two:
-        answerer = Answerer("policy", (one.url, two.url, "http://127.0.0.1:9"), "key")
-        url = start_gateway(
-            config,
-            choose_port(config),
-            queue.actor,
-            make_roles(config, "policy", ["policy"]),
-            [answerer],
-            store,
-        )
-        yield Door(url, queue, [one, two], answerer)
-        stop_gateway()
-    store.close()
-    ray.kill(queue.actor)
+        answerer = Answerer("policy", (one.url, two.url, NOBODY), "key")
+        with open_door(tmp_path_factory.mktemp("door"), config, [answerer]) as door:
+            yield Door(door, [one, two], answerer)
 
 
 def test_a_rollout_stays_on_its_engine_and_moves_when_that_is_dead(door: Door) -> None:
@@ -92,7 +69,7 @@ def test_a_rollout_stays_on_its_engine_and_moves_when_that_is_dead(door: Door) -
         for _ in range(3):
             assert door.post(lease)[0] == 200
         assert len(stub.requests) - before == 3
-    lease = door.lease("http://127.0.0.1:9")
+    lease = door.lease(NOBODY)
     before = [len(stub.requests) for stub in door.stubs]
     for _ in range(3):
         assert door.post(lease)[::2] == (200, REPLY)

@@ -195,6 +195,8 @@ def test_feedback_says_who_gave_it_and_for_which_step(said, source):
         ({"rollout": ROLLOUT, "reward": True}, "give a finite number"),
         ({"rollout": ROLLOUT, "rewards": [1]}, "an object of names and numbers"),
         ({"rollout": 7, "reward": 1}, "`rollout` is to be a text"),
+        ({"rollout": ROLLOUT, "verdict": "accept", "by": "\ud800"}, "half of a character"),
+        ({"rollout": ROLLOUT, "rewards": {"\udfff": 1}}, "half of a character"),
         ({"rollout": ROLLOUT, "score": 1}, "'score' is no field"),
     ],
 )

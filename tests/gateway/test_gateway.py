@@ -5,30 +5,15 @@ import json
 import time
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import ray
+from doors import OpenDoor, open_door
 from stub_engine import PIECES, REPLY, StubEngine, stub_engine
 
-from lightning_ray.gateway import (
-    Answerer,
-    GatewayConfig,
-    choose_port,
-    make_roles,
-    start_gateway,
-    stop_gateway,
-)
-from lightning_ray.rollouts import (
-    AttemptOutcome,
-    AttemptStatus,
-    QueueClient,
-    RolloutsConfig,
-    RolloutSpec,
-    start_queue,
-)
+from lightning_ray.gateway import Answerer, GatewayConfig
+from lightning_ray.rollouts import AttemptOutcome, AttemptStatus
 from lightning_ray.rollouts.types import Lease
-from lightning_ray.spans import SpansConfig, start_store
 
 KEY = "the engines' own key"
 CHAT = "/v1/chat/completions"
@@ -39,17 +24,9 @@ MAX_BODY_BYTES = 10_000
 class Door:
     """The gateway under test, the queue that knows who may enter, and the stub behind."""
 
-    def __init__(self, url: str, queue: QueueClient, stub: StubEngine):
-        self.port = urlsplit(url).port
-        self.queue = queue
+    def __init__(self, door: OpenDoor, stub: StubEngine):
+        self.port, self.queue, self.lease = door.port, door.queue, door.lease
         self.stub = stub
-        self._attempts = 0
-
-    def lease(self) -> Lease:
-        """A running attempt."""
-        self._attempts += 1
-        self.queue.enqueue([RolloutSpec(f"rollout-{self._attempts}", "task", {}, 600.0)])
-        return ray.get(self.queue.actor.dequeue.remote(5), timeout=10)
 
     def send(
         self, capability: str, path: str = CHAT, body: Any = None, how: str = "", **more: str
@@ -74,21 +51,10 @@ def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         max_body_bytes=MAX_BODY_BYTES,
         call_timeout_s=CALL_TIMEOUT_S,
     )
-    queue = start_queue("run", RolloutsConfig())
-    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
     with stub_engine() as stub:
-        url = start_gateway(
-            config,
-            choose_port(config),
-            queue.actor,
-            make_roles(config, "policy", ["policy"]),
-            [Answerer("policy", (stub.url,), KEY)],
-            store,
-        )
-        yield Door(url, queue, stub)
-        stop_gateway()
-    store.close()
-    ray.kill(queue.actor)
+        answerers = [Answerer("policy", (stub.url,), KEY)]
+        with open_door(tmp_path_factory.mktemp("door"), config, answerers) as door:
+            yield Door(door, stub)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pytest
 import ray
+from doors import OpenDoor, open_door
 from google.rpc.status_pb2 import Status
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -24,28 +24,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from telemetry_support import arrow_stream, as_json, otel_span, request
 
 from lightning_ray.agents import attempt_environment
-from lightning_ray.gateway import (
-    Answerer,
-    GatewayConfig,
-    LiveDoor,
-    ServingConfig,
-    choose_port,
-    make_roles,
-    start_desk,
-    start_gateway,
-    stop_gateway,
-)
-from lightning_ray.gateway.desk import digest_of
-from lightning_ray.rollouts import (
-    AttemptOutcome,
-    AttemptStatus,
-    QueueClient,
-    RolloutsConfig,
-    RolloutSpec,
-    start_queue,
-)
+from lightning_ray.gateway import GatewayConfig, ServingConfig
+from lightning_ray.rollouts import AttemptOutcome, AttemptStatus, RolloutsConfig
 from lightning_ray.rollouts.types import Lease
-from lightning_ray.spans import SpanClient, SpansConfig, start_store
 from lightning_ray.spans.limits import TelemetryLimits
 from lightning_ray.spans.rewards import by_attempt, reward_history
 from lightning_ray.trajectories import rebuild_trees
@@ -60,22 +41,15 @@ ENGINE_KEY = "the key of somebody with engines"
 class Door:
     """The gateway, its queue and its store."""
 
-    def __init__(self, url: str, queue: QueueClient, store: SpanClient):
-        self.url = url
-        self.queue = queue
-        self.store = store
-        self._attempts = 0
-
-    def lease(self) -> Lease:
-        """A running attempt."""
-        self._attempts += 1
-        self.queue.enqueue([RolloutSpec(f"told-{self._attempts}", "task", {}, 600.0)])
-        return ray.get(self.queue.actor.dequeue.remote(5), timeout=10)
+    def __init__(self, door: OpenDoor):
+        self.url, self.store, self.lease = door.url, door.store, door.lease
+        self._port = door.port
+        self._queue = door.queue
 
     def finish(self, lease: Lease) -> None:
         """Ends an attempt well."""
         outcome = AttemptOutcome(AttemptStatus.SUCCEEDED)
-        assert ray.get(self.queue.actor.finish.remote(lease.attempt_id, outcome), timeout=10)
+        assert ray.get(self._queue.actor.finish.remote(lease.attempt_id, outcome), timeout=10)
 
     def base(self, lease: Lease) -> str:
         return f"{self.url}/a/{lease.capability}"
@@ -84,7 +58,7 @@ class Door:
         self, path: str, body: bytes, content_type: str = PROTOBUF, **headers: str
     ) -> tuple[int, bytes, dict[str, str]]:
         """What a POST is answered: status, body, headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", urlsplit(self.url).port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request("POST", path, body, {"content-type": content_type, **named})
         reply = connection.getresponse()
@@ -101,24 +75,14 @@ def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config = GatewayConfig(
         max_body_bytes=200_000, telemetry=TelemetryLimits(max_decoded_bytes=1_000_000)
     )
-    queue = start_queue("run", RolloutsConfig(linger_s=LINGER_S))
-    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
-    keys = {"web": digest_of(KEY), "engine": digest_of(ENGINE_KEY)}
-    desk = start_desk("run", keys, 60.0)
-    url = start_gateway(
+    with open_door(
+        tmp_path_factory.mktemp("door"),
         config,
-        choose_port(config),
-        queue.actor,
-        make_roles(config, "policy", ["policy"]),
-        [Answerer("policy", ("http://127.0.0.1:9",), "key")],
-        store,
-        LiveDoor(desk.actor, ServingConfig(recorders=["engine"]), "run"),
-    )
-    yield Door(url, queue, store)
-    stop_gateway()
-    store.close()
-    ray.kill(queue.actor)
-    ray.kill(desk.actor)
+        rollouts=RolloutsConfig(linger_s=LINGER_S),
+        keys={"web": KEY, "engine": ENGINE_KEY},
+        serving=ServingConfig(recorders=["engine"]),
+    ) as door:
+        yield Door(door)
 
 
 AGENT = textwrap.dedent(

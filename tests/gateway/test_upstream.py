@@ -7,6 +7,7 @@ import httpx
 import pytest
 import ray
 from aiohttp import web
+from doors import open_door
 from stub_engine import PIECES, REPLY, StubEngine, stub_engine
 
 from lightning_ray.errors import UserError
@@ -14,15 +15,12 @@ from lightning_ray.gateway import (
     Answerer,
     GatewayConfig,
     RoleConfig,
-    choose_port,
     make_roles,
-    start_gateway,
-    stop_gateway,
     upstream_answerer,
 )
 from lightning_ray.policies import PolicyConfig, PromptVersion, UpstreamConfig
-from lightning_ray.rollouts import RolloutsConfig, RolloutSpec, start_queue
-from lightning_ray.spans import SpansConfig, start_store, whole_requests
+from lightning_ray.rollouts import RolloutSpec
+from lightning_ray.spans import whole_requests
 
 SECRET = "sk-very-secret"
 PROMPT = PromptVersion("solver", 2, "Be brief.", "Be exact.")
@@ -89,8 +87,6 @@ def door(ray_cluster, tmp_path_factory) -> Iterator[Door]:
             "solver": RoleConfig(model="solver-mini", policy="solver"),
         }
     )
-    queue = start_queue("run", RolloutsConfig())
-    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
     with pytest.MonkeyPatch.context() as patch, stub_engine() as engine, stub_engine(Api()) as api:
         patch.setenv("SOLVER_KEY", SECRET)
         upstream = UpstreamConfig(f"{api.url}/v1", "big-model", "SOLVER_KEY", 1.0, 10.0)
@@ -99,11 +95,8 @@ def door(ray_cluster, tmp_path_factory) -> Iterator[Door]:
             upstream_answerer(PolicyConfig("solver", train=False, upstream=upstream)),
         ]
         roles = make_roles(config, "planner", ["planner", "solver"])
-        url = start_gateway(config, choose_port(config), queue.actor, roles, answerers, store)
-        yield Door(url, api, engine, store, queue)
-        stop_gateway()
-    store.close()
-    ray.kill(queue.actor)
+        with open_door(tmp_path_factory.mktemp("door"), config, answerers, roles) as door:
+            yield Door(door.url, api, engine, door.store, door.queue)
 
 
 def test_an_upstream_answers_under_its_own_name_and_key(door):
