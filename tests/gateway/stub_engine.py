@@ -19,6 +19,10 @@ PIECES = [
 ]
 
 
+LARGE_PART = b"data: " + b"x" * 65_528 + b"\n\n"
+LARGE_PARTS = 2000
+
+
 @dataclass
 class StubEngine:
     """What the stub saw; `piece` lets it send one more piece of a stream."""
@@ -27,6 +31,8 @@ class StubEngine:
     requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
     """Method, path with query, headers and body of every request."""
     piece: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    sent: int = 0
+    """Parts of the latest large stream that have left."""
     gone: threading.Event = field(default_factory=threading.Event)
     """Set when a caller went away before its answer was complete."""
 
@@ -45,7 +51,9 @@ class StubEngine:
             return web.Response(status=422, body=b'{"error": "mine"}', headers={"x-engine": "1"})
         if how == "hang":
             await asyncio.sleep(60)
-        if how not in ("stream", "hang in a stream"):
+        if how == "large stream":
+            return await self._large(request)
+        if how not in ("stream", "hang in a stream", "die in a stream"):
             return web.Response(body=REPLY, content_type="application/json")
         reply = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8"})
         await reply.prepare(request)
@@ -53,8 +61,21 @@ class StubEngine:
             if how == "stream":
                 await asyncio.to_thread(self.piece.acquire, timeout=20)
             await reply.write(piece)
+        if how == "die in a stream":
+            # As when the engine's process is killed: the connection is reset.
+            assert request.transport is not None
+            request.transport.abort()
         while how == "hang in a stream":
             await asyncio.sleep(60)
+        await reply.write_eof()
+        return reply
+
+    async def _large(self, request: web.Request) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await reply.prepare(request)
+        for number in range(LARGE_PARTS):
+            self.sent = number + 1
+            await reply.write(LARGE_PART)
         await reply.write_eof()
         return reply
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 from doors import OpenDoor, open_door
-from stub_engine import PIECES, REPLY, StubEngine, stub_engine
+from stub_engine import LARGE_PART, LARGE_PARTS, PIECES, REPLY, StubEngine, stub_engine
 
 from lightning_ray.gateway import Answerer, GatewayConfig
 from lightning_ray.rollouts import AttemptOutcome, AttemptStatus
@@ -200,3 +200,23 @@ def test_a_call_without_an_end_is_ended(door: Door, lease: Lease, how: str) -> N
             reply.read()
     assert CALL_TIMEOUT_S - 1 < time.monotonic() - begun < CALL_TIMEOUT_S + 10
     assert door.stub.gone.wait(5)
+
+
+def test_a_stream_whose_engine_dies_is_cut_off_at_once(door: Door, lease: Lease) -> None:
+    begun = time.monotonic()
+    reply = door.send(lease.capability, how="die in a stream")
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        reply.read()
+    assert time.monotonic() - begun < CALL_TIMEOUT_S / 2
+    assert door.send(lease.capability).status == 200
+
+
+def test_a_slow_reader_is_waited_for_and_keeps_nobody_waiting(door: Door, lease: Lease) -> None:
+    reply = door.send(lease.capability, how="large stream")
+    assert reply.read1(10) == LARGE_PART[:10]
+    for _ in range(5):
+        assert door.send(lease.capability).read() == REPLY
+    time.sleep(0.5)
+    # What nobody has read yet stays with the engine: the door holds no more than buffers do.
+    assert door.stub.sent * len(LARGE_PART) < 40e6
+    assert 10 + len(reply.read()) == LARGE_PARTS * len(LARGE_PART)
