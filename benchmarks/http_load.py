@@ -34,7 +34,8 @@ class Load:
     """How long they ask before that."""
     requests: int = 0
     """All of them are counted."""
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    """Agent N sends the Nth of them with each request, likewise."""
     same: bool = True
     """Whether each reply must be, byte for byte, what the first one was."""
 
@@ -99,13 +100,14 @@ class Run:
 
     async def _connect(self, number: int) -> Connection:
         parts = urlsplit(self._load.urls[number % len(self._load.urls)])
+        host, port = parts.netloc.rsplit(":", 1)
         loop = asyncio.get_running_loop()
-        _, made = await loop.create_connection(Connection, parts.hostname, parts.port)
+        _, made = await loop.create_connection(Connection, host, int(port))
         return made
 
     async def _agent(self, number: int, connection: Connection) -> None:
         load = self._load
-        requests = _requests(load, load.urls[number % len(load.urls)])
+        requests = _requests(load, number)
         while (begin := time.perf_counter()) < self._until:
             if load.requests and self._asked >= load.requests:
                 return
@@ -126,12 +128,14 @@ class Run:
             raise RuntimeError(f"another reply: {body[:300]!r}")
 
 
-def _requests(load: Load, url: str) -> list[bytes]:
-    parts = urlsplit(url)
+def _requests(load: Load, agent: int) -> list[bytes]:
+    parts = urlsplit(load.urls[agent % len(load.urls)])
+    headers = {"content-type": "application/json"}
+    if load.headers:
+        headers |= load.headers[agent % len(load.headers)]
     made = []
     for body in load.bodies:
         lines = [f"POST {parts.path} HTTP/1.1", f"host: {parts.netloc}"]
-        headers = {"content-type": "application/json", **load.headers}
         lines += [f"{name}: {value}" for name, value in headers.items()]
         data = body.encode()
         head = "\r\n".join([*lines, f"content-length: {len(data)}"])

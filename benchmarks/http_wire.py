@@ -1,7 +1,7 @@
 """As much of HTTP/1.1 as a load needs: messages with a length or in chunks, on kept connections.
 
-Made to take little time a message: on a few cores, what the client and the upstream use is not there
-for the gateway. Standard library only, for it also runs in a peer's interpreter.
+Made to take little time a message: on a few cores, what the client and the upstream use is not
+there for the gateway.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ def body_of(head: bytes, data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _unchunked(data: bytes) -> tuple[bytes, bytes] | None:
-    parts = []
+    parts: list[bytes] = []
     at = 0
     # A body that is not whole is gone through again with the next piece: there are few pieces.
     while (end := data.find(b"\r\n", at)) >= 0:

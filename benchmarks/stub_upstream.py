@@ -4,7 +4,8 @@
 
 Prints one JSON object, {"ready": PORT}, and serves until its standard input ends. Unstreamed the
 reply is whole after that time; streamed its first piece comes then, and each further one a
-millisecond later. No matter what is asked, the bytes are the same.
+millisecond later. Whatever is asked, the bytes are the same; only a call that has to choose a tool
+gets a call of it.
 """
 
 import asyncio
@@ -25,8 +26,19 @@ PIECE_EVERY_S = 0.001
 
 def reply() -> bytes:
     """The body of an unstreamed reply, spaced as no JSON library does it by itself."""
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant"}}
-    choice["message"] |= {"content": ANSWER, "refusal": None, "tool_calls": []}  # type: ignore[operator]
+    return _reply("stop", {"role": "assistant", "content": ANSWER, "refusal": None})
+
+
+def tool_reply(body: bytes) -> bytes:
+    """The body of a reply that calls the first tool of the request, to add two numbers."""
+    name = json.loads(body)["tools"][0]["function"]["name"]
+    function = {"name": name, "arguments": json.dumps({"a": 12, "b": 30})}
+    call = {"id": "call-1", "type": "function", "function": function}
+    return _reply("tool_calls", {"role": "assistant", "content": None, "tool_calls": [call]})
+
+
+def _reply(finish_reason: str, message: dict[str, Any]) -> bytes:
+    choice = {"index": 0, "finish_reason": finish_reason, "message": message}
     return json.dumps(_about("chat.completion") | {"choices": [choice]}, indent=1).encode()
 
 
@@ -54,9 +66,7 @@ class Upstream:
 
     def __init__(self, answer_s: float):
         self._answer_s = answer_s
-        body = reply()
-        head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-        self._whole = head.encode() + b"\r\n\r\n" + body
+        self._whole = _message(reply())
         self._head = (
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
             b"transfer-encoding: chunked\r\n\r\n"
@@ -72,12 +82,19 @@ class Upstream:
         loop = asyncio.get_running_loop()
         write = partial(_write, connection)
         if b'"stream": true' not in body and b'"stream":true' not in body:
-            loop.call_later(self._answer_s, write, self._whole)
+            must_call = b'"tool_choice"' in body
+            whole = _message(tool_reply(body)) if must_call else self._whole
+            loop.call_later(self._answer_s, write, whole)
             return
         at = loop.time() + self._answer_s
         loop.call_at(at, write, self._head + self._chunks[0])
         for number, chunk in enumerate(self._chunks[1:], 1):
             loop.call_at(at + number * PIECE_EVERY_S, write, chunk)
+
+
+def _message(body: bytes) -> bytes:
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
 
 
 def _write(connection: Messages, data: bytes) -> None:

@@ -255,24 +255,30 @@ class Door:
 @contextmanager
 def running_door(folder: Path, engine: str = "http://127.0.0.1:9") -> Iterator[Door]:
     """The gateway as a run has it, in front of what answers at the URL; at this one nobody does."""
-    config = GatewayConfig(models=[workload.ASKED_MODEL])
     with running_store(folder / "spans") as store:
-        queue = start_lives(folder)
-        key = secrets.token_hex(16)
-        desk = start_desk(RUN, {CALLER: digest_of(key)}, 60.0)
-        try:
-            answerer = Answerer(POLICY, (engine,), ENGINE_KEY)
-            url = start_gateway(
-                config,
-                choose_port(config),
-                queue.actor,
-                make_roles(config, POLICY, [POLICY]),
-                [answerer],
-                store,
-                LiveDoor(desk.actor, ServingConfig(recorders=[CALLER]), RUN),
-            )
-            yield Door(url, queue, store, key)
-        finally:
-            stop_gateway()
-            stop_lives(queue)
-            ray.kill(desk.actor)
+        with door_before(Answerer(POLICY, (engine,), ENGINE_KEY), folder, store) as door:
+            yield door
+
+
+@contextmanager
+def door_before(answerer: Answerer, folder: Path, store: SpanClient) -> Iterator[Door]:
+    """The gateway as a run has it, with its queue, in front of who answers."""
+    config = GatewayConfig(models=[workload.ASKED_MODEL])
+    queue = start_lives(folder)
+    key = secrets.token_hex(16)
+    desk = start_desk(RUN, {CALLER: digest_of(key)}, 60.0)
+    try:
+        url = start_gateway(
+            config,
+            choose_port(config),
+            queue.actor,
+            make_roles(config, POLICY, [POLICY]),
+            [answerer],
+            store,
+            LiveDoor(desk.actor, ServingConfig(recorders=[CALLER]), RUN),
+        )
+        yield Door(url, queue, store, key)
+    finally:
+        stop_gateway()
+        stop_lives(queue)
+        ray.kill(desk.actor)

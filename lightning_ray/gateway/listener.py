@@ -39,6 +39,7 @@ class Listener:
         config = uvicorn.Config(
             _EndedByCaller(app),
             http="httptools",
+            proxy_headers=False,
             ws="none",
             lifespan="off",
             log_config=None,
