@@ -58,6 +58,10 @@ class Listener:
         if self._serving.done():
             raise RuntimeError("the door no longer listens")
 
+    def close(self) -> None:
+        """Stops listening; calls in flight go on for as long as the event loop does."""
+        self._server.should_exit = True
+
 
 def _listening(host: str, port: int, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
