@@ -1,11 +1,12 @@
 # make train   sets up and trains the default experiment: an agent that never heard of us
 # make test    sets up and runs the tests; make test-all also those that take minutes each
 # make bench-spans   measures the span store beside agentlightning 0.3.0, see docs/benchmarks.md
+# make bench-gateway   measures the gateway beside agentlightning 1.0's, and with nothing in between
 # make check   format, lint, types, and the direction of imports
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: setup train test test-all bench-spans check format lock clean
+.PHONY: setup train test test-all bench-spans bench-gateway check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -24,6 +25,9 @@ test-all: setup
 
 bench-spans: setup
 	@$(VENV)/bin/python -m benchmarks.spans $(ARGS)
+
+bench-gateway: setup
+	@$(VENV)/bin/python -m benchmarks.gateway $(ARGS)
 
 check: setup
 	@$(VENV)/bin/ruff format --check .

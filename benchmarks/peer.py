@@ -1,27 +1,34 @@
-"""A peer at work: a process of its own interpreter that is told what to measure, line by line."""
+"""Processes that are told what to do, line by line: a peer at work, a load, an upstream."""
 
 import json
 import select
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.peer_environment import FOLDER, ROOT
 
 ANSWERS_WITHIN_S = 300.0
 
 
-class Peer:
-    """The process; a context manager. It waits without using a processor between requests."""
+class Helper:
+    """One process; a context manager. It waits without using a processor between requests.
 
-    def __init__(self, python: Path, script: str):
-        """`script` is a path in `benchmarks/peers`; what it prints goes to `.bench/SCRIPT.log`."""
-        self._command = [str(python), str(ROOT / "benchmarks" / "peers" / script)]
-        self._log = FOLDER / f"{Path(script).stem}.log"
-        self.version = ""
+    It says one line when it is ready, {"ready": ...}, and ends when its standard input does.
+    """
 
-    def __enter__(self) -> "Peer":
+    def __init__(self, name: str, command: Sequence[str]):
+        """What it prints beside its answers goes to `.bench/NAME.log`."""
+        self._name = name
+        self._command = list(command)
+        self._log = FOLDER / f"{name}.log"
+        self.ready: Any = None
+        """What it said when it was ready."""
+
+    def __enter__(self) -> Self:
         self._log.parent.mkdir(exist_ok=True)
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -31,8 +38,9 @@ class Peer:
                 stderr=log,
                 text=True,
                 bufsize=1,
+                cwd=ROOT,
             )
-        self.version = self._answer()["ready"]
+        self.ready = self._answer()["ready"]
         return self
 
     def __exit__(
@@ -49,11 +57,15 @@ class Peer:
             self._process.kill()
             self._process.wait(15)
 
-    def rate(self, do: str, **request: Any) -> float:
-        """Units per second that the peer reached. Raises RuntimeError when it failed."""
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Its answer. Raises RuntimeError when there is none."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-        answer = self._answer()
+        self._process.stdin.write(json.dumps(request) + "\n")
+        return self._answer()
+
+    def rate(self, do: str, **request: Any) -> float:
+        """Units per second that it reached. Raises RuntimeError when it failed."""
+        answer = self.ask(do=do, **request)
         return float(answer["units"]) / float(answer["seconds"])
 
     def _answer(self) -> dict[str, Any]:
@@ -62,10 +74,25 @@ class Peer:
         # An answer is one line, written at once.
         if not select.select([stdout], [], [], ANSWERS_WITHIN_S)[0]:
             self._process.kill()
-            raise RuntimeError(f"the peer gave no answer for {ANSWERS_WITHIN_S:g} s: {self._log}")
+            raise RuntimeError(
+                f"{self._name} gave no answer for {ANSWERS_WITHIN_S:g} s: {self._log}"
+            )
         line = stdout.readline()
         if not line:
             tail = "\n".join(self._log.read_text().splitlines()[-15:])
-            raise RuntimeError(f"the peer ended before it answered ({self._log}):\n{tail}")
+            raise RuntimeError(f"{self._name} ended before it answered ({self._log}):\n{tail}")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+class Peer(Helper):
+    """A script of `benchmarks/peers`, run by the peer's own interpreter; ready with its version."""
+
+    def __init__(self, python: Path, script: str, *arguments: str):
+        command = [str(python), str(ROOT / "benchmarks" / "peers" / script), *arguments]
+        super().__init__(Path(script).stem, command)
+
+
+def our_helper(module: str, *arguments: str) -> Helper:
+    """A module of `benchmarks` as a helper, run by this interpreter."""
+    return Helper(module, [sys.executable, "-m", f"benchmarks.{module}", *arguments])

@@ -35,6 +35,8 @@ def peer_python(name: str, say: Callable[[str], None]) -> Path:
     _run([sys.executable, "-m", "venv", str(folder)], name)
     # What is pinned and nothing else: the list is whole, so nothing has to be resolved.
     install = ["-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
+    # A peer that asks for a newer Python than ours was tried with this one before it was pinned.
+    install.append("--ignore-requires-python")
     _run([str(python), *install, "-r", str(requirements)], name)
     ready.write_text(digest)
     return python

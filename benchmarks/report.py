@@ -51,6 +51,12 @@ def compared(claim: Claim, ours: Sequence[float], peer: Sequence[float]) -> Resu
     return Result(claim.name, mine, theirs, mine / theirs, claim.unit)
 
 
+def cost(claim: Claim, ours: Sequence[float], peer: Sequence[float]) -> Result:
+    """Medians of a cost that the peer has too; the ratio is our own cost."""
+    mine = statistics.median(ours)
+    return Result(claim.name, mine, statistics.median(peer), mine, claim.unit)
+
+
 def alone(claim: Claim, ours: float, ratio: float | None = None) -> Result:
     """A number of ours without a peer; `ratio` is the number itself where there is no other."""
     return Result(claim.name, ours, None, ours if ratio is None else ratio, claim.unit)

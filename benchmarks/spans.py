@@ -7,31 +7,22 @@ What each claim measures, and how both sides are kept comparable, is in docs/ben
 with every claim writes benchmarks/results/spans.json; timings never make it fail.
 """
 
-import argparse
-import shutil
 import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from lightning_ray.cluster import ClusterConfig, Connection, quiet_environment
+from lightning_ray.cluster import quiet_environment
 
 quiet_environment()
 
 from benchmarks import against_peer, alone, report, under_test, workload  # noqa: E402
-from benchmarks.peer import Peer  # noqa: E402
-from benchmarks.peer_environment import FOLDER, peer_python  # noqa: E402
-from benchmarks.report import Claim, Result  # noqa: E402
-from lightning_ray.errors import LightningRayError, UserError  # noqa: E402
+from benchmarks.bench import Bench, Benchmark  # noqa: E402
+from benchmarks.peer import Helper, Peer  # noqa: E402
+from benchmarks.peer_environment import peer_python  # noqa: E402
+from benchmarks.report import Claim  # noqa: E402
 
-NAME = "spans"
 PEER = "agentlightning"
-OBJECT_STORE_MIB = 1024
-ROOM_NEEDED = 4 * 10**9
 
 HTTP_INGEST = Claim("http_ingest", "spans/s", 50)
 HTTP_INGEST_ARROW = Claim("http_ingest_arrow", "spans/s", None)
@@ -64,68 +55,29 @@ CLAIMS = [
 ]
 
 
-class Bench:
-    """One run: the peer at hand, Ray up, and a fresh folder for every measurement."""
+def peer_of(bench: Bench) -> Helper:
+    """The peer's process."""
 
-    def __init__(self, rounds: int, work: Path, peer: Peer | None, cluster: Callable[[], None]):
-        """`cluster` starts Ray if it is not up yet."""
-        self.rounds = rounds
-        self.peer = peer
-        self.need_ray = cluster
-        self.results: list[Result] = []
-        self.facts: dict[str, Any] = {}
-        self._work = work
-        self._begin = time.monotonic()
+    def make() -> Helper:
+        return Peer(peer_python(PEER, bench.say), "agentlightning_spans.py")
 
-    def say(self, text: str) -> None:
-        """A line of progress."""
-        print(f"{time.monotonic() - self._begin:5.0f} s  {text}", flush=True)
-
-    @contextmanager
-    def folder(self) -> Iterator[Path]:
-        """A folder of its own; removed afterwards."""
-        folder = Path(tempfile.mkdtemp(dir=self._work))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder)
-
-    def alternate(
-        self,
-        name: str,
-        unit: str,
-        ours: dict[str, Callable[[Path], float]],
-        peer: dict[str, Callable[[Peer], float]],
-    ) -> dict[str, list[float]]:
-        """Measures all of them once a round, whoever was first in one round last in the next."""
-        assert self.peer is not None
-        measured: dict[str, list[float]] = {key: [] for key in (*ours, *peer)}
-        for turn in range(self.rounds):
-            order = [*ours, *peer] if turn % 2 == 0 else [*peer, *ours]
-            for key in order:
-                if key in ours:
-                    with self.folder() as folder:
-                        rate = ours[key](folder)
-                else:
-                    rate = peer[key](self.peer)
-                measured[key].append(rate)
-            said = ", ".join(f"{key} {report.number(measured[key][-1])}" for key in order)
-            self.say(f"{name} {turn + 1}/{self.rounds}: {said} {unit}")
-        self.facts[name] = measured
-        return measured
+    peer = bench.helper(PEER, make)
+    bench.packages[PEER] = peer.ready
+    return peer
 
 
 def bench_append(bench: Bench) -> None:
     """Durable append in process, against the peer's memory."""
+    peer = peer_of(bench)
     size = {"first": 0, "spans": 16_384, "batch": workload.SPANS_PER_BATCH, "clients": 4}
     measured = bench.alternate(
         "append",
         "spans/s",
         {
-            "ours, rows": lambda folder: against_peer.append_rows(folder, **size),
-            "ours, arrow": lambda folder: against_peer.append_arrow(folder, **size),
+            "ours, rows": bench.in_folder(lambda at: against_peer.append_rows(at, **size)),
+            "ours, arrow": bench.in_folder(lambda at: against_peer.append_arrow(at, **size)),
+            "peer": lambda: peer.rate("append", **size),
         },
-        {"peer": lambda peer: peer.rate("append", **size)},
     )
     bench.results += [
         report.compared(APPEND, measured["ours, rows"], measured["peer"]),
@@ -135,6 +87,7 @@ def bench_append(bench: Bench) -> None:
 
 def bench_http(bench: Bench) -> None:
     """Batches through the door, against the peer's HTTP client and its OTLP route."""
+    peer = peer_of(bench)
     bench.need_ray()
     batch = workload.SPANS_PER_BATCH
     size = {"batch": batch, "clients": 4}
@@ -150,18 +103,18 @@ def bench_http(bench: Bench) -> None:
 
     with bench.folder() as folder, under_test.running_door(folder) as door:
 
-        def post(form: str) -> Callable[[Path], float]:
+        def post(form: str) -> Callable[[], float]:
             # The first request of a form also imports what reads it.
             against_peer.http_ingest(door, numbers(batch), batch, **size, form=form)
-            return lambda _: against_peer.http_ingest(door, numbers(many), many, **size, form=form)
+            return lambda: against_peer.http_ingest(door, numbers(many), many, **size, form=form)
 
         measured = bench.alternate(
             "http_ingest",
             "spans/s",
-            {f"ours, {form}": post(form) for form in ("recorded", "arrow", "otlp")},
             {
-                "peer": lambda peer: peer.rate("http_ingest", first=0, spans=few, **size),
-                "peer, otlp": lambda peer: peer.rate("otlp_ingest", first=0, spans=few, **size),
+                **{f"ours, {form}": post(form) for form in ("recorded", "arrow", "otlp")},
+                "peer": lambda: peer.rate("http_ingest", first=0, spans=few, **size),
+                "peer, otlp": lambda: peer.rate("otlp_ingest", first=0, spans=few, **size),
             },
         )
     otlp = measured["ours, otlp"]
@@ -175,6 +128,7 @@ def bench_http(bench: Bench) -> None:
 
 def bench_read(bench: Bench) -> None:
     """1,000 rollouts for training, against the peer's query over HTTP."""
+    peer = peer_of(bench)
     bench.need_ray()
     allocated: list[int] = []
 
@@ -186,8 +140,10 @@ def bench_read(bench: Bench) -> None:
     measured = bench.alternate(
         "read",
         "rollouts/s",
-        {"ours": ours},
-        {"peer": lambda peer: peer.rate("read", rollouts=1000, clients=16)},
+        {
+            "ours": bench.in_folder(ours),
+            "peer": lambda: peer.rate("read", rollouts=1000, clients=16),
+        },
     )
     bench.facts["read_allocated_bytes"] = allocated
     bench.results += [
@@ -198,13 +154,16 @@ def bench_read(bench: Bench) -> None:
 
 def bench_lifecycle(bench: Bench) -> None:
     """Enqueue, dequeue, finish over the network, against the peer's HTTP client."""
+    peer = peer_of(bench)
     bench.need_ray()
     clients = 64
     measured = bench.alternate(
         "lifecycle",
         "rollouts/s",
-        {"ours": lambda folder: against_peer.lifecycle(folder, 2000, clients)},
-        {"peer": lambda peer: peer.rate("lifecycle", rollouts=400, clients=clients)},
+        {
+            "ours": bench.in_folder(lambda at: against_peer.lifecycle(at, 2000, clients)),
+            "peer": lambda: peer.rate("lifecycle", rollouts=400, clients=clients),
+        },
     )
     bench.results.append(report.compared(LIFECYCLE, measured["ours"], measured["peer"]))
 
@@ -270,78 +229,23 @@ def bench_shards(bench: Bench) -> None:
     bench.results.append(report.alone(SHARDS, four, four / one))
 
 
-PARTS: dict[str, tuple[Callable[[Bench], None], bool]] = {
-    "append": (bench_append, True),
-    "http_ingest": (bench_http, True),
-    "read": (bench_read, True),
-    "lifecycle": (bench_lifecycle, True),
-    "bytes_per_turn": (bench_turns, False),
-    "growth": (bench_growth, False),
-    "shards": (bench_shards, False),
-}
-"""What can be measured by itself, and whether it needs the peer."""
-
-
-def run(only: Sequence[str], rounds: int) -> None:
-    """Measures, prints the table, and writes the results of a whole run."""
-    parts = [name for name in PARTS if not only or name in only]
-    work = FOLDER / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    if shutil.disk_usage(work).free < ROOM_NEEDED:
-        raise UserError(f"{work} has less than {ROOM_NEEDED // 10**9} GB free; make room there")
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, work, ignore_errors=True)
-        peer = None
-        if any(PARTS[name][1] for name in parts):
-            python = peer_python(PEER, lambda text: print(text, flush=True))
-            peer = stack.enter_context(Peer(python, "agentlightning_spans.py"))
-        started: list[Connection] = []
-
-        def need_ray() -> None:
-            if not started:
-                bench.say("starting Ray")
-                config = ClusterConfig(object_store_mib=OBJECT_STORE_MIB)
-                started.append(stack.enter_context(Connection(config)))
-
-        facts = report.machine(work, ["ray", "pyarrow"])
-        bench = Bench(rounds, work, peer, need_ray)
-        if peer is not None:
-            facts["packages"][PEER] = peer.version
-        for name in parts:
-            PARTS[name][0](bench)
-        facts["rounds"] = rounds
-        facts["measurements"] = bench.facts
-    print()
-    print(report.table(CLAIMS, bench.results))
-    print(
-        f"\nmedians of {rounds} rounds, {facts['cores']} cores, {facts['filesystem']}, "
-        f"fsync {facts['fsync_ms']:g} ms"
-    )
-    if only:
-        print("no file was written: that takes a run with every claim")
-        return
-    order = [claim.name for claim in CLAIMS]
-    bench.results.sort(key=lambda one: order.index(one.claim))
-    for path in report.write(NAME, bench.results, facts):
-        print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="make bench-spans", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=[], metavar="PART")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error("--rounds: at least 1")
-    try:
-        run(arguments.only, arguments.rounds)
-    except LightningRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+SPANS = Benchmark(
+    name="spans",
+    about=__doc__.splitlines()[0],
+    claims=CLAIMS,
+    parts={
+        "append": bench_append,
+        "http_ingest": bench_http,
+        "read": bench_read,
+        "lifecycle": bench_lifecycle,
+        "bytes_per_turn": bench_turns,
+        "growth": bench_growth,
+        "shards": bench_shards,
+    },
+    packages=["ray", "pyarrow"],
+    room=4 * 10**9,
+    object_store_mib=1024,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SPANS.main())

@@ -57,6 +57,7 @@ POLICY = "policy"
 BULK = "/v1/spans"
 TRACES = "/v1/traces"
 CALLER = "recorder"
+ENGINE_KEY = "what an engine wants to see of the door"
 
 
 @dataclass(frozen=True)
@@ -252,26 +253,32 @@ class Door:
 
 
 @contextmanager
-def running_door(folder: Path) -> Iterator[Door]:
-    """The gateway as a run has it. No engine stands behind it: none is asked."""
-    config = GatewayConfig()
+def running_door(folder: Path, engine: str = "http://127.0.0.1:9") -> Iterator[Door]:
+    """The gateway as a run has it, in front of what answers at the URL; at this one nobody does."""
     with running_store(folder / "spans") as store:
-        queue = start_lives(folder)
-        key = secrets.token_hex(16)
-        desk = start_desk(RUN, {CALLER: digest_of(key)}, 60.0)
-        try:
-            answerer = Answerer(POLICY, ("http://127.0.0.1:9",), "none is asked")
-            url = start_gateway(
-                config,
-                choose_port(config),
-                queue.actor,
-                make_roles(config, POLICY, [POLICY]),
-                [answerer],
-                store,
-                LiveDoor(desk.actor, ServingConfig(recorders=[CALLER]), RUN),
-            )
-            yield Door(url, queue, store, key)
-        finally:
-            stop_gateway()
-            stop_lives(queue)
-            ray.kill(desk.actor)
+        with door_before(Answerer(POLICY, (engine,), ENGINE_KEY), folder, store) as door:
+            yield door
+
+
+@contextmanager
+def door_before(answerer: Answerer, folder: Path, store: SpanClient) -> Iterator[Door]:
+    """The gateway as a run has it, with its queue, in front of who answers."""
+    config = GatewayConfig(models=[workload.ASKED_MODEL])
+    queue = start_lives(folder)
+    key = secrets.token_hex(16)
+    desk = start_desk(RUN, {CALLER: digest_of(key)}, 60.0)
+    try:
+        url = start_gateway(
+            config,
+            choose_port(config),
+            queue.actor,
+            make_roles(config, POLICY, [POLICY]),
+            [answerer],
+            store,
+            LiveDoor(desk.actor, ServingConfig(recorders=[CALLER]), RUN),
+        )
+        yield Door(url, queue, store, key)
+    finally:
+        stop_gateway()
+        stop_lives(queue)
+        ray.kill(desk.actor)

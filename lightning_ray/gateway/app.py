@@ -28,6 +28,7 @@ from lightning_ray.gateway.desk import Passage, conversation_of, trace_of
 from lightning_ray.gateway.forwarding import Call, Forwarder, own_list
 from lightning_ray.gateway.intake import TOLD, Intake, refuse
 from lightning_ray.gateway.limits import CallLimits, TooManyCallsError
+from lightning_ray.gateway.listener import Listener
 from lightning_ray.gateway.live import ROLLOUT_HEADER, LiveDoor, parse_feedback
 from lightning_ray.gateway.openapi import describe_routes
 from lightning_ray.gateway.protocols import CALLS, LISTINGS, error_body, parse_body
@@ -35,7 +36,7 @@ from lightning_ray.gateway.roles import Role, describe
 from lightning_ray.gateway.telemetry import BULK, RETRY_S, TRACES
 from lightning_ray.gateway.visits import Visits, visit_of
 from lightning_ray.inference import Attribution
-from lightning_ray.rollouts import Identity, ask_async
+from lightning_ray.rollouts import Identity, Line
 from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
@@ -61,13 +62,6 @@ class _Refusal(Exception):
 
 
 # Serve pickles the class where it is decorated, so what its methods use stands above it.
-
-
-async def _whose(queue: ActorHandle, capability: str, telling: bool = False) -> Identity | None:
-    identity: Identity | None = await ask_async(
-        lambda: queue.resolve.remote(capability, telling), RESOLVE_S, "say whose call it is"
-    )
-    return identity
 
 
 def _error(path: str, status: int, message: str) -> Response:
@@ -110,10 +104,15 @@ class Gateway:
         answerers: Sequence[Answerer],
         spans: SpanClient,
         live: LiveDoor | None = None,
+        port: int | None = None,
     ):
-        """`queue` knows which capabilities are live; `spans` takes what upstreams answer."""
+        """`queue` knows which capabilities are live; `spans` takes what upstreams answer.
+
+        With a `port` it listens there itself, on `config.host`.
+        """
         self._config = config
-        self._queue = queue
+        # Calls that come at the same time are asked about in one message.
+        self._line = None if queue is None else Line(queue, RESOLVE_S)
         self._roles = tuple(roles)
         self._answerers = {answerer.policy: answerer for answerer in answerers}
         self._spans = spans
@@ -123,6 +122,14 @@ class Gateway:
         self._desk = live.desk if live else None
         self._serving = live.config if live else None
         self._run_id = live.run_id if live else ""
+        self._listener = None
+        if port is not None:
+            self._listener = Listener(app, config.host, port, config.num_replicas > 1)
+
+    def check_health(self) -> None:
+        """Asked by Ray Serve now and then. Raises RuntimeError when this replica hears no calls."""
+        if self._listener is not None:
+            self._listener.check()
 
     @app.get("/openapi.json")
     async def describe(self) -> dict[str, Any]:
@@ -175,8 +182,8 @@ class Gateway:
 
     async def _told(self, path: str, capability: str, request: Request) -> Response:
         identity: Identity | None = None
-        if self._queue is not None:
-            identity = await _whose(self._queue, capability, telling=True)
+        if self._line is not None:
+            identity = await self._line.resolve(capability, telling=True)
         if identity is None:
             return refuse(path, request, 401, "this base URL belongs to no attempt that may tell")
         return await self._intake.attempt(path, identity, request)
@@ -198,8 +205,8 @@ class Gateway:
 
     async def _attempt(self, capability: str, path: str, request: Request) -> Response:
         identity: Identity | None = None
-        if self._queue is not None:
-            identity = await _whose(self._queue, capability)
+        if self._line is not None:
+            identity = await self._line.resolve(capability)
         if identity is None:
             raise _Refusal(401, "this base URL belongs to no running attempt")
         limit = self._config.max_calls_per_attempt

@@ -3,6 +3,7 @@
 import logging
 import socket
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 from ray import serve
@@ -16,6 +17,8 @@ from lightning_ray.gateway.roles import Role
 from lightning_ray.spans import SpanClient
 
 APP = "lightning-ray"
+HEAD = "node:__internal_head__"
+"""A resource that Ray gives the head node, whose address is the door's."""
 
 
 def choose_port(config: GatewayConfig) -> int:
@@ -39,22 +42,27 @@ def gateway_application(
     answerers: Sequence[Answerer],
     spans: SpanClient,
     live: LiveDoor | None = None,
+    port: int | None = None,
 ) -> serve.Application:
     """The door as an application that Ray Serve can run.
 
-    `queue` lets attempts in, `live` callers with keys.
+    `queue` lets attempts in, `live` callers with keys. With a `port` its replicas listen there
+    themselves, on the head node; otherwise calls come through Ray Serve's own proxies.
     """
     # Imported late: the module needs Ray Serve's decorators, which read the environment.
     from lightning_ray.gateway.app import Gateway
 
+    options: dict[str, Any] = {"num_cpus": config.num_cpus}
+    if port is not None:
+        options["resources"] = {HEAD: 0.001}
     # What the decorator made of the class is a deployment, which type checkers cannot see.
     application: serve.Application = Gateway.options(  # type: ignore[attr-defined]
         num_replicas=config.num_replicas,
         # The door itself refuses what is too much, with a reason; Serve would let it wait.
         max_ongoing_requests=2 * config.max_calls,
-        ray_actor_options={"num_cpus": config.num_cpus},
+        ray_actor_options=options,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
-    ).bind(config, queue, list(roles), list(answerers), spans, live)
+    ).bind(config, queue, list(roles), list(answerers), spans, live, port)
     return application
 
 
@@ -74,11 +82,10 @@ def start_gateway(
     # Serve speaks to the terminal by itself; the panel says what there is to say.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.host, "port": port},
+        proxy_location="Disabled",
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    application = gateway_application(config, queue, roles, answerers, spans, live)
+    application = gateway_application(config, queue, roles, answerers, spans, live, port)
     serve.run(application, name=APP, route_prefix="/")
     host = config.host
     if host in ("0.0.0.0", "::"):

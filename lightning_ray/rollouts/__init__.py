@@ -11,6 +11,7 @@ from lightning_ray.rollouts.config import (
     check_task_policies,
     policy_of,
 )
+from lightning_ray.rollouts.line import Line
 from lightning_ray.rollouts.queue_client import QueueClient, start_queue
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
@@ -27,6 +28,7 @@ __all__ = [
     "AttemptOutcome",
     "AttemptStatus",
     "Identity",
+    "Line",
     "QueueClient",
     "RolloutRecord",
     "RolloutSpec",

@@ -1,7 +1,8 @@
 """A process's line to the queue: calls that come while others are under way share one message.
 
 Invariant: each caller gets the answer to its own call, as if it had called the queue by itself. A
-message costs the queue's actor about a millisecond whatever is in it, and a worker has many slots.
+message costs the queue's actor about a millisecond whatever is in it, a worker has many slots, and
+the door many callers.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from ray.actor import ActorHandle
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.rollouts.asking import ask_async
-from lightning_ray.rollouts.types import AttemptOutcome, Lease, RolloutSpec
+from lightning_ray.rollouts.types import AttemptOutcome, Identity, Lease, RolloutSpec
 
 Call = tuple[str, tuple[Any, ...]]
 """A method of the queue that `RolloutQueue.together` takes, and its arguments."""
@@ -54,6 +55,11 @@ class Line:
         """Reports an attempt; False when it no longer decides anything."""
         counted: bool = await self._call("finish", attempt_id, outcome)
         return counted
+
+    async def resolve(self, capability: str, telling: bool = False) -> Identity | None:
+        """Whom a capability stands for at the time of asking; see `RolloutQueue.resolve`."""
+        identity: Identity | None = await self._call("resolve", capability, telling)
+        return identity
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

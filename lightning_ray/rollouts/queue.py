@@ -38,7 +38,7 @@ from lightning_ray.spans import SpanClient
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 1.0
-_TOGETHER = frozenset({"enqueue", "dequeue", "finish"})
+_TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve"})
 LISTEN_EVERY_S = 0.3
 """How often spans are taken as heartbeats, at most."""
 
