@@ -1,0 +1,93 @@
+"""Several replicas of the door at one address, on a real Ray Serve, and one of them that dies."""
+
+import http.client
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import ray
+from ray import serve
+from stub_engine import REPLY, stub_engine
+
+from lightning_ray.gateway import (
+    Answerer,
+    GatewayConfig,
+    choose_port,
+    make_roles,
+    start_gateway,
+    stop_gateway,
+)
+from lightning_ray.rollouts import RolloutsConfig, RolloutSpec, start_queue
+from lightning_ray.spans import SpansConfig, start_store
+
+CONNECTIONS = 40
+REPLACED_WITHIN_S = 120.0
+
+
+class Door:
+    """Two replicas at one address, and a running attempt."""
+
+    def __init__(self, url: str, capability: str):
+        self._at = urlsplit(url)
+        self._path = f"/a/{capability}/v1/chat/completions"
+
+    def ask(self) -> bytes:
+        """A call on a connection of its own. Raises OSError or HTTPException when it fails."""
+        assert self._at.hostname is not None
+        connection = http.client.HTTPConnection(self._at.hostname, self._at.port, timeout=30)
+        body = json.dumps({"model": "gpt-4o-mini", "messages": []})
+        connection.request("POST", self._path, body, {"content-type": "application/json"})
+        reply = connection.getresponse()
+        assert reply.status == 200
+        content = reply.read()
+        connection.close()
+        return content
+
+    def listeners(self) -> set[int]:
+        """The processes that listen at the address."""
+        return {
+            one.pid
+            for one in psutil.net_connections("tcp")
+            if one.status == psutil.CONN_LISTEN
+            and one.laddr.port == self._at.port
+            and one.pid is not None
+        }
+
+
+@pytest.fixture(scope="module")
+def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    config = GatewayConfig(num_replicas=2)
+    queue = start_queue("run", RolloutsConfig())
+    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
+    queue.enqueue([RolloutSpec("rollout", "task", {}, 600.0)])
+    lease = ray.get(queue.actor.dequeue.remote(5), timeout=20)
+    with stub_engine() as stub:
+        roles = make_roles(config, "policy", ["policy"])
+        answerers = [Answerer("policy", (stub.url,), "key")]
+        url = start_gateway(config, choose_port(config), queue.actor, roles, answerers, store)
+        yield Door(url, lease.capability)
+        stop_gateway()
+    store.close()
+    ray.kill(queue.actor)
+
+
+def test_every_replica_answers_at_the_one_address(door: Door) -> None:
+    assert len(door.listeners()) == 2
+    assert {door.ask() for _ in range(CONNECTIONS)} == {REPLY}
+
+
+def test_a_replica_that_dies_is_replaced_at_the_same_address(door: Door) -> None:
+    before = door.listeners()
+    lost = min(before)
+    os.kill(lost, signal.SIGKILL)
+    deadline = time.monotonic() + REPLACED_WITHIN_S
+    while len(now := door.listeners() - {lost}) < 2 or now == before:
+        status = serve.status().applications
+        assert time.monotonic() < deadline, f"not replaced: {now}, {status}"
+        time.sleep(0.2)
+    assert {door.ask() for _ in range(CONNECTIONS)} == {REPLY}
