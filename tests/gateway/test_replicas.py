@@ -10,20 +10,11 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-import ray
+from doors import open_door
 from ray import serve
 from stub_engine import REPLY, stub_engine
 
-from lightning_ray.gateway import (
-    Answerer,
-    GatewayConfig,
-    choose_port,
-    make_roles,
-    start_gateway,
-    stop_gateway,
-)
-from lightning_ray.rollouts import RolloutsConfig, RolloutSpec, start_queue
-from lightning_ray.spans import SpansConfig, start_store
+from lightning_ray.gateway import Answerer, GatewayConfig
 
 CONNECTIONS = 40
 REPLACED_WITHIN_S = 120.0
@@ -61,19 +52,11 @@ class Door:
 
 @pytest.fixture(scope="module")
 def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    config = GatewayConfig(num_replicas=2)
-    queue = start_queue("run", RolloutsConfig())
-    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
-    queue.enqueue([RolloutSpec("rollout", "task", {}, 600.0)])
-    lease = ray.get(queue.actor.dequeue.remote(5), timeout=20)
     with stub_engine() as stub:
-        roles = make_roles(config, "policy", ["policy"])
         answerers = [Answerer("policy", (stub.url,), "key")]
-        url = start_gateway(config, choose_port(config), queue.actor, roles, answerers, store)
-        yield Door(url, lease.capability)
-        stop_gateway()
-    store.close()
-    ray.kill(queue.actor)
+        config = GatewayConfig(num_replicas=2)
+        with open_door(tmp_path_factory.mktemp("door"), config, answerers) as opened:
+            yield Door(opened.url, opened.lease().capability)
 
 
 def test_every_replica_answers_at_the_one_address(door: Door) -> None:
