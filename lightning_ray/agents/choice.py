@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from lightning_ray.agents.command import fill_command, find_executable, python_script
+from lightning_ray.agents.attempt import Attempts
+from lightning_ray.agents.command import find_executable, python_script
 from lightning_ray.agents.config import AgentConfig
 from lightning_ray.agents.environment import base_environment
 from lightning_ray.agents.grader import load_grader
@@ -33,10 +34,14 @@ def check_agent(config: AgentConfig, tasks: Sequence[Task]) -> None:
     for name in ("timeout_s", "grader_timeout_s", "max_output_bytes"):
         if getattr(config, name) <= 0:
             raise UserError(f"agent.{name}={getattr(config, name)}: must be above 0")
+    codes = config.graded_exit_codes
+    if not codes or not all(0 <= code <= 255 for code in codes):
+        raise UserError(f"agent.graded_exit_codes={codes}: give one or more, each 0 to 255")
     folder = agent_folder(config)
     env = base_environment(config)
+    attempts = Attempts(config)
     for task in tasks:
-        argv = fill_command(config.command, task)
+        argv = attempts.command(task)
     if tasks:
         find_executable(argv[0], env, folder)
     script = python_script(config.command)

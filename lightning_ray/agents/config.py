@@ -1,8 +1,29 @@
 """The settings of an agent: the schema of the configuration group `agent`."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from omegaconf import MISSING
+
+
+class TaskBy(StrEnum):
+    """How an agent gets its task."""
+
+    arguments = "arguments"
+    """By the places in its command alone."""
+    stdin = "stdin"
+    """As one JSON object on standard input."""
+    file = "file"
+    """As a JSON file, whose path is `{task_file}` in its command and LIGHTNING_RAY_TASK_FILE."""
+
+
+class ResultBy(StrEnum):
+    """Where an agent leaves its result."""
+
+    stdout = "stdout"
+    """What it prints."""
+    file = "file"
+    """A file, whose path is `{result_file}` in its command and LIGHTNING_RAY_RESULT_FILE."""
 
 
 def _inherited() -> list[str]:
@@ -41,10 +62,16 @@ class AgentConfig:
     """Variables to take from our own environment where they are set; all others are kept away."""
     timeout_s: float = 60.0
     """Seconds that one attempt may take."""
+    task_by: TaskBy = TaskBy.arguments
+    """How it gets its task beside the places in its command: `stdin` or `file`, as JSON."""
+    result_by: ResultBy = ResultBy.stdout
+    """Where it leaves its result: on `stdout` or in a `file`."""
+    graded_exit_codes: list[int] = field(default_factory=lambda: [0])
+    """Exit codes with which an attempt is graded; with any other it has failed."""
     warm_start: bool = True
     """Fork Python agents from a process that has imported their libraries."""
     max_output_bytes: int = 1 << 20
-    """How much of stdout, and of stderr, is kept; the rest is read and dropped."""
+    """How much of stdout, of stderr and of a result file is kept; the rest is dropped."""
     grader_timeout_s: float = 60.0
     """Seconds that the grader may take for one attempt."""
     grader: str = MISSING

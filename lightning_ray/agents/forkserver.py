@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -51,6 +52,8 @@ class Job:
     fork: bool = False
     """Run the script `argv[script]` in a fork of the zygote instead of executing `path`."""
     script: int = 0
+    stdin: bytes | None = None
+    """What it reads on standard input; None is nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,23 @@ class Readiness:
     """Threads that a fork would lose, plus one: more than 1 means that forking is not safe."""
 
 
+def _readable(data: bytes) -> int:
+    """A descriptor from which `data` can be read, to its end.
+
+    A file, not a pipe: nobody has to go on writing for as long as the agent does not read.
+
+    Raises:
+        InfrastructureError: there is no room for it.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.seek(0)
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise InfrastructureError(f"the standard input of an agent: {error}") from error
+
+
 class ForkServer:
     """One zygote process and the runs that it holds."""
 
@@ -76,6 +96,7 @@ class ForkServer:
         script: str | None = None,
         preload: Sequence[str] = (),
         watch: Sequence[str] = (),
+        scratch: Path | None = None,
     ) -> None:
         """Nothing is started yet.
 
@@ -86,6 +107,7 @@ class ForkServer:
             script: The script that `fork` jobs run, as their command names it.
             preload: Modules to import beforehand, in this order.
             watch: Variables that differ between runs.
+            scratch: A folder that the zygote removes should this process die.
         """
         self._command = [*interpreter, str(ZYGOTE)]
         self._env = dict(env)
@@ -95,6 +117,7 @@ class ForkServer:
             "script": script,
             "preload": list(preload),
             "watch": list(watch),
+            "scratch": None if scratch is None else str(scratch),
         }
         self.preloaded = bool(preload)
         self._ids = itertools.count()
@@ -186,11 +209,13 @@ class ForkServer:
         ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         started_at = time.monotonic()
         limits = [max_output_bytes, max_output_bytes, *([_REPORT_LIMIT] if learn else [])]
+        stdin = () if job.stdin is None else (_readable(job.stdin),)
         captures = [Capture(limit) for limit in limits]
         timed_out = False
         try:
             self._runs[run_id] = ended
-            fds = tuple(capture.write_fd for capture in captures)
+            fds = (*(capture.write_fd for capture in captures[:2]), *stdin)
+            fds += tuple(capture.write_fd for capture in captures[2:])
             message = {
                 "op": "run",
                 "id": run_id,
@@ -199,6 +224,7 @@ class ForkServer:
                 "argv": list(job.argv),
                 "script": job.script,
                 "env": dict(job.env),
+                "stdin": job.stdin is not None,
             }
             self._send(message, fds)
             try:

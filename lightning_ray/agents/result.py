@@ -37,8 +37,16 @@ class AgentResult:
     warm: bool
     """Whether it was forked from a process that already had its libraries."""
     truncated: bool
-    """Whether stdout or stderr held more than was kept."""
+    """Whether stdout, stderr or the result file held more than was kept."""
     cpu_seconds: float = 0.0
     """Processor time, user and system, of it and of its children that it waited for."""
     fault: str = ""
     """What went wrong with the machinery; set with LAUNCH_FAILED only."""
+    written: str | None = None
+    """What it wrote to its result file, decoded as `stdout`; None where it gives its result in
+    another way."""
+
+    @property
+    def output(self) -> str:
+        """The agent's result, however it gives it: what it wrote to its file, or its stdout."""
+        return self.stdout if self.written is None else self.written

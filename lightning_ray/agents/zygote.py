@@ -12,8 +12,8 @@ Invariants:
 
 Started as `python zygote.py FD`, FD being a unix stream socket. Every message is four bytes of
 length (big endian) and a JSON object. The first one in says what to import and is answered by
-`ready`. After it, in: `run` (with the descriptors of stdout, stderr and, to learn, a report) and
-`signal`; out: `started` or `failed`, then `ended`.
+`ready`. After it, in: `run` (with the descriptors of stdout, stderr, of stdin where it has one, and
+to learn of a report) and `signal`; out: `started` or `failed`, then `ended`.
 
 Standard library only, and nothing newer than Python 3.9: the agent's interpreter is not ours.
 """
@@ -74,6 +74,7 @@ class Zygote:
     def __init__(self, control: socket.socket):
         self._control = control
         self._owner = os.getppid()
+        self._scratch: str | None = None
         self._children: dict[int, int] = {}  # pid -> id of the run
         self._script_env: dict[bytes, bytes] = {}
         self._shared: frozenset[str] = frozenset()
@@ -83,6 +84,7 @@ class Zygote:
     def prepare(self) -> None:
         """Obey the first message: import the libraries that it names, and say `ready`."""
         message, _ = self._receive()
+        self._scratch = message["scratch"]
         # What this interpreter put into its environment by itself (PEP 538) it would put there
         # again for each agent.
         given = _raw_env(message["env"])
@@ -163,7 +165,8 @@ class Zygote:
             os.write(error_in, f"fork: {error}".encode())
         if pid == 0:
             os.close(error_out)
-            self._enter_child(zygote, fds)
+            stdin = fds.pop(2) if message["stdin"] else None
+            self._enter_child(zygote, fds, stdin)
             if not message["fork"]:
                 _execute(message["path"], message["argv"], message["env"], error_in)
             os.close(error_in)
@@ -191,7 +194,7 @@ class Zygote:
         self._tell({"event": "started", "id": message["id"], "pid": pid})
         return None
 
-    def _enter_child(self, zygote: int, fds: list[int]) -> None:
+    def _enter_child(self, zygote: int, fds: list[int], stdin: int | None) -> None:
         """Cut the child loose: own session, plain signals, its streams, none of our descriptors."""
         os.setsid()
         if self._prctl is not None:
@@ -203,6 +206,9 @@ class Zygote:
         for fd in self._private_fds:
             os.close(fd)
         self._control.detach()
+        if stdin is not None:
+            os.dup2(stdin, 0)
+            os.close(stdin)
         os.dup2(fds[0], 1)
         os.dup2(fds[1], 2)
         os.close(fds[0])
@@ -235,6 +241,8 @@ class Zygote:
         """The owner is gone: take everything down."""
         for pid in self._children:
             _kill_group(pid, signal.SIGKILL)
+        if self._scratch is not None:
+            _remove(self._scratch)
         os._exit(0)
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -253,7 +261,7 @@ class Zygote:
         while len(data) < wanted:
             try:
                 chunk, ancillary, _, _ = self._control.recvmsg(
-                    wanted - len(data), socket.CMSG_SPACE(3 * struct.calcsize("i"))
+                    wanted - len(data), socket.CMSG_SPACE(4 * struct.calcsize("i"))
                 )
             except ConnectionResetError:
                 self._abandon()
@@ -268,6 +276,24 @@ class Zygote:
                 data, wanted = b"", size
         message: dict[str, Any] = json.loads(data)
         return message, fds
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder and what is in it, as far as that can be done."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in (*files, *folders):
+            _remove_one(os.path.join(place, name))
+    _remove_one(folder)
+
+
+def _remove_one(path: str) -> None:
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+    except OSError:
+        pass  # nobody is left to be told
 
 
 def _own_fd(fd: int) -> int:
