@@ -17,17 +17,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_ray.agents.command import fill_command
+from lightning_ray.agents.command import fill_command, fill_word, places_in
 from lightning_ray.agents.config import AgentConfig, ResultBy, TaskBy
-from lightning_ray.agents.environment import base_environment, merged_environment
+from lightning_ray.agents.environment import (
+    RESULT_VARIABLE,
+    TASK_VARIABLE,
+    attempt_environment,
+    base_environment,
+    env_file,
+    merged_environment,
+    named_variables,
+)
 from lightning_ray.agents.result import AgentResult
 from lightning_ray.agents.task import Task
 from lightning_ray.errors import InfrastructureError
 
 _log = logging.getLogger(__name__)
 
-TASK_VARIABLE = "LIGHTNING_RAY_TASK_FILE"
-RESULT_VARIABLE = "LIGHTNING_RAY_RESULT_FILE"
+# The files of an attempt, and the variables that name them, by the places in a command.
+_FILES = {"task_file": "task.json", "result_file": "result", "env_file": "env"}
+_VARIABLES = {"task_file": TASK_VARIABLE, "result_file": RESULT_VARIABLE}
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Attempt:
     argv: list[str]
     env: dict[str, str]
     """Its complete environment."""
+    env_file: str
+    """What of it a container is to get, for `{env_file}`; empty where nobody asks."""
     stdin: bytes | None
     """What it reads on standard input; None is nothing."""
     result_file: Path | None
@@ -58,14 +69,12 @@ class Attempts:
         self._config = config
         self.base_env = base_environment(config)
         """What all attempts have in common."""
-        self._wanted = {
-            name: f"{name.removesuffix('_file')}.{ending}"
-            for name, ending, wanted in (
-                ("task_file", "json", config.task_by is TaskBy.file),
-                ("result_file", "out", config.result_by is ResultBy.file),
-            )
-            if wanted
+        wanted = {
+            "task_file": config.task_by is TaskBy.file,
+            "result_file": config.result_by is ResultBy.file,
+            "env_file": "env_file" in places_in(config.command),
         }
+        self._files = [name for name, asked_for in wanted.items() if asked_for]
         self._folder: Path | None = None
 
     def folder(self) -> Path | None:
@@ -74,7 +83,7 @@ class Attempts:
         Raises:
             InfrastructureError: it cannot be made.
         """
-        if self._wanted and self._folder is None:
+        if self._files and self._folder is None:
             try:
                 self._folder = Path(tempfile.mkdtemp(prefix="lightning-ray-agents-"))
             except OSError as error:
@@ -83,15 +92,17 @@ class Attempts:
 
     def own_names(self, env: Mapping[str, str]) -> set[str]:
         """The variables that differ from attempt to attempt, where `env` is what it sets."""
-        return {*env, *self._file_variables(self._wanted)}
+        files = _file_variables(dict.fromkeys(self._files, ""))
+        return {*env, *files, *self._config.env_names, *self._config.task_env}
 
-    def command(self, task: Task) -> list[str]:
-        """The command for a task, with files that are not there, to see whether it can be filled.
+    def sample(self, task: Task) -> list[str]:
+        """The command of an attempt at a task that has no address and no files, to look at it.
 
         Raises:
-            UserError: the task does not fill it.
+            UserError: no attempt at it could be started.
         """
-        return fill_command(self._config.command, task, dict.fromkeys(self._wanted, ""))
+        env = attempt_environment("http://127.0.0.1", "key")
+        return self._attempt(task, env, dict.fromkeys(self._files, "")).argv
 
     @asynccontextmanager
     async def prepared(self, task: Task, env: Mapping[str, str]) -> AsyncIterator[Attempt]:
@@ -110,13 +121,16 @@ class Attempts:
         except OSError as error:
             raise InfrastructureError(f"no folder for an attempt: {error}") from error
         try:
-            places = {name: str(folder / file) for name, file in self._wanted.items()}
-            if "task_file" in places:
-                try:
+            places = {name: str(folder / _FILES[name]) for name in self._files}
+            attempt = self._attempt(task, env, places)
+            try:
+                if "task_file" in places:
                     Path(places["task_file"]).write_bytes(task_json(task))
-                except OSError as error:
-                    raise InfrastructureError(f"the task file of an attempt: {error}") from error
-            yield self._attempt(task, env, places)
+                if "env_file" in places:
+                    Path(places["env_file"]).write_text(attempt.env_file, encoding="utf-8")
+            except OSError as error:
+                raise InfrastructureError(f"no file for an attempt: {error}") from error
+            yield attempt
         finally:
             await asyncio.to_thread(_remove, folder)
 
@@ -127,18 +141,28 @@ class Attempts:
             await asyncio.to_thread(_remove, folder)
 
     def _attempt(self, task: Task, env: Mapping[str, str], places: Mapping[str, str]) -> Attempt:
+        config = self._config
+        own = {**env, **_file_variables(places)}
+        own |= named_variables(config.env_names, own)
+        own |= {
+            name: fill_word(word, task, {}, f"agent.task_env.{name}")
+            for name, word in config.task_env.items()
+        }
+        full_env = merged_environment(self.base_env, own)
+        listed = {k: v for k, v in full_env.items() if k in own or k in config.env}
         result_file = places.get("result_file")
         return Attempt(
-            argv=fill_command(self._config.command, task, places),
-            env={**merged_environment(self.base_env, env), **self._file_variables(places)},
-            stdin=task_json(task) if self._config.task_by is TaskBy.stdin else None,
+            argv=fill_command(config.command, task, places),
+            env=full_env,
+            env_file=env_file(listed) if "env_file" in places else "",
+            stdin=task_json(task) if config.task_by is TaskBy.stdin else None,
             result_file=Path(result_file) if result_file is not None else None,
-            max_output_bytes=self._config.max_output_bytes,
+            max_output_bytes=config.max_output_bytes,
         )
 
-    def _file_variables(self, places: Mapping[str, str]) -> dict[str, str]:
-        names = {"task_file": TASK_VARIABLE, "result_file": RESULT_VARIABLE}
-        return {names[place]: path for place, path in places.items()}
+
+def _file_variables(places: Mapping[str, str]) -> dict[str, str]:
+    return {_VARIABLES[name]: path for name, path in places.items() if name in _VARIABLES}
 
 
 def task_json(task: Task) -> bytes:

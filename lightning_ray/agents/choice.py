@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lightning_ray.agents.attempt import Attempts
 from lightning_ray.agents.command import find_executable, python_script
 from lightning_ray.agents.config import AgentConfig
-from lightning_ray.agents.environment import base_environment
+from lightning_ray.agents.environment import base_environment, check_names
 from lightning_ray.agents.grader import load_grader
 from lightning_ray.agents.launch import CommandLauncher, Launcher, agent_folder
 from lightning_ray.agents.task import Task
@@ -37,11 +37,12 @@ def check_agent(config: AgentConfig, tasks: Sequence[Task]) -> None:
     codes = config.graded_exit_codes
     if not codes or not all(0 <= code <= 255 for code in codes):
         raise UserError(f"agent.graded_exit_codes={codes}: give one or more, each 0 to 255")
+    check_names(config)
     folder = agent_folder(config)
     env = base_environment(config)
     attempts = Attempts(config)
     for task in tasks:
-        argv = attempts.command(task)
+        argv = attempts.sample(task)
     if tasks:
         find_executable(argv[0], env, folder)
     script = python_script(config.command)

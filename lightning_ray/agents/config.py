@@ -58,6 +58,10 @@ class AgentConfig:
     """Folder to run it in; None is the one we run in."""
     env: dict[str, str] = field(default_factory=dict)
     """Variables to set."""
+    env_names: dict[str, str] = field(default_factory=dict)
+    """Variables of the attempt under other names as well: NEW_NAME: OPENAI_BASE_URL, say."""
+    task_env: dict[str, str] = field(default_factory=dict)
+    """Variables to set from the task, with places as in the command: QUESTION: "{question}"."""
     inherit_env: list[str] = field(default_factory=_inherited)
     """Variables to take from our own environment where they are set; all others are kept away."""
     timeout_s: float = 60.0
