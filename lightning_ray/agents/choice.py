@@ -34,6 +34,13 @@ def check_agent(config: AgentConfig, tasks: Sequence[Task]) -> None:
     for name in ("timeout_s", "grader_timeout_s", "max_output_bytes"):
         if getattr(config, name) <= 0:
             raise UserError(f"agent.{name}={getattr(config, name)}: must be above 0")
+    for name in ("max_memory_mb", "max_processes"):
+        if (limit := getattr(config, name)) is None:
+            continue
+        if limit <= 0:
+            raise UserError(f"agent.{name}={limit}: must be above 0, or null for no limit")
+        if sys.platform != "linux":
+            raise UserError(f"agent.{name} is watched on Linux alone; leave it out on this system")
     codes = config.graded_exit_codes
     if not codes or not all(0 <= code <= 255 for code in codes):
         raise UserError(f"agent.graded_exit_codes={codes}: give one or more, each 0 to 255")

@@ -66,6 +66,11 @@ class AgentConfig:
     """Variables to take from our own environment where they are set; all others are kept away."""
     timeout_s: float = 60.0
     """Seconds that one attempt may take."""
+    max_memory_mb: int | None = None
+    """Most memory that the processes of one attempt may hold together, 10^6 bytes; None is as much
+    as there is."""
+    max_processes: int | None = None
+    """Most processes that one attempt may have at a time; None is as many as it likes."""
     task_by: TaskBy = TaskBy.arguments
     """How it gets its task beside the places in its command: `stdin` or `file`, as JSON."""
     result_by: ResultBy = ResultBy.stdout

@@ -14,7 +14,6 @@ import signal
 import socket
 import struct
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.agents.capture import Capture
+from lightning_ray.agents.job import Job
 from lightning_ray.agents.result import AgentEnd, AgentResult
 from lightning_ray.errors import InfrastructureError
 
@@ -41,22 +41,6 @@ _REPORT_LIMIT = 1 << 24
 
 
 @dataclass(frozen=True)
-class Job:
-    """One program to run."""
-
-    argv: Sequence[str]
-    env: Mapping[str, str]
-    """Its complete environment."""
-    path: str = ""
-    """The program to execute; not used with `fork`."""
-    fork: bool = False
-    """Run the script `argv[script]` in a fork of the zygote instead of executing `path`."""
-    script: int = 0
-    stdin: bytes | None = None
-    """What it reads on standard input; None is nothing."""
-
-
-@dataclass(frozen=True)
 class Readiness:
     """What a zygote says once its imports are done."""
 
@@ -66,23 +50,6 @@ class Readiness:
     """Modules that must not be shared: they read what each attempt sets, or are the agent's own."""
     threads: int
     """Threads that a fork would lose, plus one: more than 1 means that forking is not safe."""
-
-
-def _readable(data: bytes) -> int:
-    """A descriptor from which `data` can be read, to its end.
-
-    A file, not a pipe: nobody has to go on writing for as long as the agent does not read.
-
-    Raises:
-        InfrastructureError: there is no room for it.
-    """
-    try:
-        with tempfile.TemporaryFile() as file:
-            file.write(data)
-            file.seek(0)
-            return os.dup(file.fileno())
-    except OSError as error:
-        raise InfrastructureError(f"the standard input of an agent: {error}") from error
 
 
 class ForkServer:
@@ -209,23 +176,14 @@ class ForkServer:
         ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         started_at = time.monotonic()
         limits = [max_output_bytes, max_output_bytes, *([_REPORT_LIMIT] if learn else [])]
-        stdin = () if job.stdin is None else (_readable(job.stdin),)
+        stdin = () if job.stdin is None else (job.stdin_fd(),)
         captures = [Capture(limit) for limit in limits]
         timed_out = False
         try:
             self._runs[run_id] = ended
             fds = (*(capture.write_fd for capture in captures[:2]), *stdin)
             fds += tuple(capture.write_fd for capture in captures[2:])
-            message = {
-                "op": "run",
-                "id": run_id,
-                "fork": job.fork,
-                "path": job.path,
-                "argv": list(job.argv),
-                "script": job.script,
-                "env": dict(job.env),
-                "stdin": job.stdin is not None,
-            }
+            message = {"op": "run", "id": run_id, **job.message()}
             self._send(message, fds)
             try:
                 await asyncio.wait({ended}, timeout=timeout_s)
@@ -245,7 +203,7 @@ class ForkServer:
             del self._runs[run_id]
             self._pids.pop(run_id, None)
         stdout, stderr, *report = captures
-        end, exit_code, signal_number, fault = self._read_end(ended.result(), timed_out)
+        end, exit_code, signal_number, words = self._read_end(ended.result(), job, timed_out)
         result = AgentResult(
             end=end,
             exit_code=exit_code,
@@ -256,20 +214,23 @@ class ForkServer:
             warm=job.fork and self.preloaded,
             truncated=stdout.truncated or stderr.truncated,
             cpu_seconds=ended.result().get("cpu_seconds", 0.0),
-            fault=fault,
+            fault=words if end is AgentEnd.LAUNCH_FAILED else "",
+            reason=words if end is AgentEnd.OVER_LIMIT else "",
         )
         return result, report[0].data if report else b""
 
     def _read_end(
-        self, ended: dict[str, Any], timed_out: bool
+        self, ended: dict[str, Any], job: Job, timed_out: bool
     ) -> tuple[AgentEnd, int | None, int | None, str]:
-        """How a run ended: (end, exit code, signal, fault)."""
+        """How a run ended: (end, exit code, signal, what to say of it)."""
         if ended["event"] != "ended":
             if self._closing:
                 return AgentEnd.CANCELLED, None, None, ""
             return AgentEnd.LAUNCH_FAILED, None, None, ended["error"]
         code = os.waitstatus_to_exitcode(ended["status"])
         exit_code, number = (code, None) if code >= 0 else (None, -code)
+        if ended["over"] is not None:
+            return AgentEnd.OVER_LIMIT, exit_code, number, job.over(*ended["over"])
         if timed_out:
             return AgentEnd.TIMED_OUT, exit_code, number, ""
         if number is None:

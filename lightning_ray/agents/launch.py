@@ -13,7 +13,8 @@ from typing import Protocol
 from lightning_ray.agents.attempt import Attempts
 from lightning_ray.agents.command import find_executable
 from lightning_ray.agents.config import AgentConfig
-from lightning_ray.agents.forkserver import ForkServer, Job
+from lightning_ray.agents.forkserver import ForkServer
+from lightning_ray.agents.job import Job
 from lightning_ray.agents.result import AgentResult
 from lightning_ray.agents.task import Task
 from lightning_ray.errors import InfrastructureError, UserError
@@ -74,7 +75,14 @@ class CommandLauncher:
         server = await self._live_server()
         async with self._attempts.prepared(task, env) as attempt:
             path = find_executable(attempt.argv[0], attempt.env, self._cwd)
-            job = Job(attempt.argv, attempt.env, path=path, stdin=attempt.stdin)
+            job = Job(
+                attempt.argv,
+                attempt.env,
+                path=path,
+                stdin=attempt.stdin,
+                max_memory_mb=self._config.max_memory_mb,
+                max_processes=self._config.max_processes,
+            )
             seen = await server.run(job, timeout_s, self._config.max_output_bytes)
             return await attempt.result(seen)
 

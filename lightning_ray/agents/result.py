@@ -13,6 +13,8 @@ class AgentEnd(StrEnum):
     """It was still running when its time was up, and was stopped."""
     CANCELLED = "cancelled"
     """We stopped it, for a reason that is not its own."""
+    OVER_LIMIT = "over_limit"
+    """It held more memory or processes than it may, and was stopped."""
     KILLED = "killed"
     """It died of a signal that we did not send."""
     LAUNCH_FAILED = "launch_failed"
@@ -42,6 +44,8 @@ class AgentResult:
     """Processor time, user and system, of it and of its children that it waited for."""
     fault: str = ""
     """What went wrong with the machinery; set with LAUNCH_FAILED only."""
+    reason: str = ""
+    """What it did wrong, in words; set with OVER_LIMIT only."""
     written: str | None = None
     """What it wrote to its result file, decoded as `stdout`; None where it gives its result in
     another way."""

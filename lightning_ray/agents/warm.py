@@ -15,7 +15,8 @@ from collections.abc import Coroutine, Mapping
 from lightning_ray.agents.attempt import Attempts
 from lightning_ray.agents.command import fill_command, find_executable, python_script
 from lightning_ray.agents.config import AgentConfig
-from lightning_ray.agents.forkserver import ForkServer, Job
+from lightning_ray.agents.forkserver import ForkServer
+from lightning_ray.agents.job import Job
 from lightning_ray.agents.launch import CommandLauncher, agent_folder
 from lightning_ray.agents.result import AgentEnd, AgentResult
 from lightning_ray.agents.task import Task
@@ -90,6 +91,8 @@ class WarmLauncher:
                 fork=True,
                 script=self._script.index,
                 stdin=attempt.stdin,
+                max_memory_mb=self._config.max_memory_mb,
+                max_processes=self._config.max_processes,
             )
             if self._modules is None and self._learning is None and self._tries_left > 0:
                 result = await self._learn(server, job, timeout_s)

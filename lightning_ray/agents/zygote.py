@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 if TYPE_CHECKING:
     from lightning_ray.agents import zygote_child as child
     from lightning_ray.agents import zygote_libraries as libraries
+    from lightning_ray.agents import zygote_limits as limits
 else:
 
     def _sibling(name):
@@ -58,6 +59,7 @@ else:
 
     child = _sibling("zygote_child")
     libraries = _sibling("zygote_libraries")
+    limits = _sibling("zygote_limits")
 
 # Our descriptors live from here up, so that an agent's first open() gets 3 as it does without us.
 FIRST_OWN_FD = 100
@@ -76,6 +78,8 @@ class Zygote:
         self._owner = os.getppid()
         self._scratch: str | None = None
         self._children: dict[int, int] = {}  # pid -> id of the run
+        self._watch = limits.Watch()
+        self._over: dict[int, tuple[str, int]] = {}  # pid -> the limit, and how much it held
         self._script_env: dict[bytes, bytes] = {}
         self._shared: frozenset[str] = frozenset()
         self._shared_files: list[Any] = []
@@ -138,12 +142,16 @@ class Zygote:
         poll.register(self._control, select.POLLIN)
         poll.register(self._wakeup, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll(OWNER_CHECK_MS)]
+            ready = [fd for fd, _ in poll.poll(self._watch.wait_ms(OWNER_CHECK_MS))]
             if os.getppid() != self._owner:
                 self._abandon()
             if self._wakeup in ready:
                 os.read(self._wakeup, 4096)
             self._reap()
+            for pid, limit, held in self._watch.over():
+                self._over[pid] = (limit, held)
+                self._watch.remove(pid)
+                _kill_group(pid, signal.SIGKILL)
             if self._control.fileno() in ready:
                 message, fds = self._receive()
                 if message["op"] == "signal":
@@ -191,6 +199,7 @@ class Zygote:
             self._tell({"event": "failed", "id": message["id"], "error": reason})
             return None
         self._children[pid] = message["id"]
+        self._watch.add(pid, message["max_memory"], message["max_processes"])
         self._tell({"event": "started", "id": message["id"], "pid": pid})
         return None
 
@@ -235,7 +244,10 @@ class Zygote:
                 _kill_group(pid, signal.SIGKILL)
             run = self._children.pop(pid)
             cpu = usage.ru_utime + usage.ru_stime
-            self._tell({"event": "ended", "id": run, "status": status, "cpu_seconds": cpu})
+            self._watch.remove(pid)
+            over = self._over.pop(pid, None)
+            ended_event = {"event": "ended", "id": run, "status": status, "cpu_seconds": cpu}
+            self._tell({**ended_event, "over": over})
 
     def _abandon(self) -> NoReturn:
         """The owner is gone: take everything down."""

@@ -212,7 +212,7 @@ def _verdict(result: AgentResult, graded: Collection[int]) -> tuple[AttemptStatu
     elif result.end is AgentEnd.LAUNCH_FAILED:
         reason = f"could not be started: {result.fault}"
     else:
-        reason = f"exit code {result.exit_code}"
+        reason = result.reason or f"exit code {result.exit_code}"
     return AttemptStatus.FAILED, f"{reason}\n{tail}".strip()
 
 
