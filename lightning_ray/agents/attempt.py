@@ -70,8 +70,8 @@ class Attempts:
         self.base_env = base_environment(config)
         """What all attempts have in common."""
         wanted = {
-            "task_file": config.task_by is TaskBy.file,
-            "result_file": config.result_by is ResultBy.file,
+            "task_file": config.task_by == TaskBy.file,
+            "result_file": config.result_by == ResultBy.file,
             "env_file": "env_file" in places_in(config.command),
         }
         self._files = [name for name, asked_for in wanted.items() if asked_for]
@@ -155,7 +155,7 @@ class Attempts:
             argv=fill_command(config.command, task, places),
             env=full_env,
             env_file=env_file(listed) if "env_file" in places else "",
-            stdin=task_json(task) if config.task_by is TaskBy.stdin else None,
+            stdin=task_json(task) if config.task_by == TaskBy.stdin else None,
             result_file=Path(result_file) if result_file is not None else None,
             max_output_bytes=config.max_output_bytes,
         )

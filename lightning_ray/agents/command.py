@@ -99,8 +99,13 @@ def places_in(template: Sequence[str]) -> set[str]:
     return {match[1] for word in template for match in _PLACE.finditer(word) if match[1]}
 
 
-def find_executable(word: str, env: Mapping[str, str], cwd: Path) -> str:
+def find_executable(
+    word: str, env: Mapping[str, str], cwd: Path, setting: str = "agent.command"
+) -> str:
     """The path of the program that a command's first word names, in the agent's environment.
+
+    Args:
+        setting: Where the word stands, for what is said of it.
 
     Raises:
         UserError: there is none.
@@ -111,7 +116,7 @@ def find_executable(word: str, env: Mapping[str, str], cwd: Path) -> str:
     found = shutil.which(name, path=search)
     if found is None:
         where = f"in {cwd}" if "/" in word else f"on PATH ({search})"
-        raise UserError(f"agent.command: no executable {word!r} {where}; install or correct it")
+        raise UserError(f"{setting}: no executable {word!r} {where}; install or correct it")
     return os.path.join(cwd, found)
 
 

@@ -50,10 +50,15 @@ class AgentConfig:
 
     name: str = MISSING
     """What spans and reports call it."""
-    command: list[str] = MISSING
+    command: list[str] = field(default_factory=list)
     """Its argument vector, never given to a shell. `{field}` takes a field of the task, `{{` and
     `}}` are braces. A first word `python` or `python3` is the interpreter that runs us; name
     another by its path."""
+    callable: str | None = None
+    """In place of a command, a Python function that is called with the task, in a process of its
+    own: `path/to/file.py:function` or `package.module:function`."""
+    python: str | None = None
+    """The interpreter that the callable runs in; None is the one that runs us."""
     cwd: str | None = None
     """Folder to run it in; None is the one we run in."""
     env: dict[str, str] = field(default_factory=dict)

@@ -10,7 +10,7 @@ makes every start a cold one (it runs a thread); the reason is logged.
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 
 from lightning_ray.agents.attempt import Attempts
 from lightning_ray.agents.command import fill_command, find_executable, python_script
@@ -39,13 +39,15 @@ _STARTUP_VARIABLES = ("PYTHON", "LC_", "LANG", "LD_", "TZ", "OMP_", "MKL_", "OPE
 class WarmLauncher:
     """A `Launcher` for `python [-u] SCRIPT.py ARG...`; cold where a fork would not be exact."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, own_packages: Collection[str] = ()) -> None:
+        """`own_packages`: those of the agent's own that lie where libraries do."""
         script = python_script(config.command)
         if script is None:
             raise UserError(
                 f"agent.command: {config.command} is not `python [-u] SCRIPT.py ARG...`"
             )
         self._config = config
+        self._own_packages = set(own_packages)
         self._script = script
         self._cwd = agent_folder(config)
         self._attempts = Attempts(config)
@@ -186,7 +188,7 @@ class WarmLauncher:
 
     async def _warm_up(self, modules: list[str], watched: frozenset[str]) -> None:
         """Replace the zygote by one that has imported the modules, as far as they can be shared."""
-        left_out: set[str] = set()
+        left_out = set(self._own_packages)
         try:
             for _ in range(PRELOAD_ROUNDS):
                 wanted = [m for m in modules if not _under(m, left_out)]

@@ -208,7 +208,7 @@ def test_the_schema_is_one_for_hydra():
     config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     assert isinstance(config, AgentConfig)
     assert (config.command, config.cwd, config.timeout_s) == (["python", "a.py"], None, 60.0)
-    assert OmegaConf.is_missing(schema, "command")
+    assert OmegaConf.is_missing(schema, "name")
     for wrong in ({"comand": []}, {"timeout_s": "soon"}, {"command": "python a.py"}):
         with pytest.raises(OmegaConfBaseException):
             OmegaConf.merge(schema, wrong)

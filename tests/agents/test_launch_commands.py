@@ -71,7 +71,7 @@ def test_a_program_that_cannot_be_executed_is_no_fault_of_the_agent(agent, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"command": []}, "agent.command is empty"),
+        ({"command": []}, "no agent is given: set one of agent.command"),
         ({"command": ["no-such-program-here"]}, "no executable 'no-such-program-here' on PATH"),
         ({"command": ["./missing"]}, "no executable './missing' in"),
         ({"command": ["python", "missing.py"]}, "no script .*missing.py"),
