@@ -10,6 +10,7 @@ from lightning_ray.agents.config import AgentConfig
 from lightning_ray.agents.environment import base_environment, check_names
 from lightning_ray.agents.grader import load_grader
 from lightning_ray.agents.launch import CommandLauncher, Launcher, agent_folder
+from lightning_ray.agents.service import ServiceLauncher, check_service
 from lightning_ray.agents.task import Task
 from lightning_ray.agents.warm import WarmLauncher
 from lightning_ray.errors import UserError
@@ -19,9 +20,11 @@ def make_launcher(config: AgentConfig) -> Launcher:
     """The launcher that suits the agent: warm for `python [-u] SCRIPT.py ARG...` on Linux.
 
     Raises:
-        UserError: the agent is not one of a command and a callable.
+        UserError: the agent is not one of a command, a callable and a service.
     """
     _check_kind(config)
+    if config.service.url:
+        return ServiceLauncher(config)
     command = as_command(config)
     # Other systems' libraries are not made to be forked after use.
     if config.warm_start and sys.platform == "linux" and python_script(command.command) is not None:
@@ -39,6 +42,15 @@ def check_agent(config: AgentConfig, tasks: Sequence[Task]) -> None:
     """
     _check_kind(config)
     _check_numbers(config)
+    if config.service.url:
+        check_service(config)
+    else:
+        _check_process(config, tasks)
+    load_grader(config.grader)
+
+
+def _check_process(config: AgentConfig, tasks: Sequence[Task]) -> None:
+    """What of `check_agent` is about an agent that is started here."""
     check_names(config)
     folder = agent_folder(config)
     env = base_environment(config)
@@ -55,15 +67,18 @@ def check_agent(config: AgentConfig, tasks: Sequence[Task]) -> None:
     script = python_script(config.command)
     if script is not None and not (folder / script.script).is_file():
         raise UserError(f"agent.command: no script {folder / script.script}; correct the path")
-    load_grader(config.grader)
 
 
 def _check_kind(config: AgentConfig) -> None:
     """Raises UserError unless it says in exactly one way what the agent is."""
-    ways = {"agent.command": bool(config.command), "agent.callable": config.callable is not None}
+    ways = {
+        "agent.command": bool(config.command),
+        "agent.callable": config.callable is not None,
+        "agent.service.url": bool(config.service.url),
+    }
     given = [name for name, is_given in ways.items() if is_given]
     if not given:
-        raise UserError(f"no agent is given: set one of {' and '.join(ways)}")
+        raise UserError(f"no agent is given: set one of {', '.join(ways)}")
     if len(given) > 1:
         raise UserError(
             f"{' and '.join(given)} are both given, and an agent is one of them; "

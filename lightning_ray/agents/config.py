@@ -45,6 +45,20 @@ def _inherited() -> list[str]:
 
 
 @dataclass
+class ServiceConfig:
+    """An agent that is already running and gets its tasks by HTTP."""
+
+    url: str = ""
+    """Where each task is sent, as JSON; empty where the agent is no service."""
+    method: str = "POST"
+    """POST, PUT or PATCH."""
+    timeout_s: float | None = None
+    """Seconds that one answer may take, where that is less than `agent.timeout_s`."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Headers to send along, for example to say who is asking."""
+
+
+@dataclass
 class AgentConfig:
     """How to launch an agent and judge what it did."""
 
@@ -59,6 +73,8 @@ class AgentConfig:
     own: `path/to/file.py:function` or `package.module:function`."""
     python: str | None = None
     """The interpreter that the callable runs in; None is the one that runs us."""
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    """In place of a command, a service that is already running."""
     cwd: str | None = None
     """Folder to run it in; None is the one we run in."""
     env: dict[str, str] = field(default_factory=dict)

@@ -232,7 +232,10 @@ def test_whatever_its_path_a_callable_becomes_a_command_that_names_it(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"callable": None}, "no agent is given: set one of agent.command and agent.callable"),
+        (
+            {"callable": None},
+            "no agent is given: set one of agent.command, agent.callable, agent.s",
+        ),
         ({"command": ["true"]}, "agent.command and agent.callable.* are both given"),
         ({"callable": "agent.py"}, "'agent.py' must be path/to/file.py:function or package"),
         ({"callable": "a b:run"}, "must be path/to/file.py:function"),
