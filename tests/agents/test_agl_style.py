@@ -30,7 +30,10 @@ def config() -> AgentConfig:
     return AgentConfig(**settings, cwd=str(ROOT))
 
 
-def test_it_runs_on_its_own_variables_and_its_reward_counts(config, model):
+@pytest.mark.parametrize("called", [False, True], ids=["as a command", "as a class"])
+def test_it_runs_on_its_own_variables_and_its_reward_counts(config, model, called):
+    if called:
+        config.callable, config.command = f"{config.command[1]}:Agent", []
     check_agent(config, [TASK])
     env = attempt_environment(f"http://127.0.0.1:{model.server_address[1]}/capability", "secret")
     replies = {"calc(345 + 27)": 1.0, "calc(345 - 27)": 0.1, "It is 372.": 0.0}

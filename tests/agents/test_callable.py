@@ -49,6 +49,8 @@ async def wait(task):
 class Callable:
     async def __call__(self, task): return "from an object"
 instance = Callable()
+class Agent:
+    async def run(self): return os.environ["CASE"]
 """
 
 
@@ -101,6 +103,12 @@ def test_what_a_function_returns_is_the_output(function, warm, case, output):
 def test_a_coroutine_is_waited_for(function, warm, name, output):
     result = run_case(function(name), "any", warm)
     assert (result.output, result.exit_code) == (output, 0), result.stderr
+
+
+@warm_and_cold
+def test_a_class_is_made_and_run_and_reads_its_task_from_the_environment(function, warm):
+    result = run_case(function("Agent", task_env={"CASE": "{case}"}), "any", warm)
+    assert (result.output, result.exit_code) == ("any", 0), result.stderr
 
 
 @warm_and_cold

@@ -3,7 +3,8 @@
 SPEC is `path/to/file.py:function` or `package.module:function`. The function gets the task as a
 dictionary; what it returns becomes the result file: text as it is, None as nothing, anything else
 as JSON. It may be a coroutine function. What it raises ends this process with a traceback and
-status 1.
+status 1. A class is made without arguments, and its `run` is called without any: so are agents for
+Agent Lightning 1.0, which read their task from the environment.
 
 Standard library only, and nothing newer than Python 3.9: the agent's interpreter is not ours.
 """
@@ -51,8 +52,12 @@ def _file_module(path: str) -> ModuleType:
 
 
 def answer(function: Callable[..., Any], task: dict[str, Any]) -> Any:
-    """What the function says, waited for where it is a coroutine function."""
-    said = function(task)
+    """What the function or the class says, waited for where it is a coroutine function."""
+    if inspect.isclass(function):
+        made: Any = function()
+        said = made.run()
+    else:
+        said = function(task)
     if not inspect.isawaitable(said):
         return said
     import asyncio
