@@ -6,7 +6,7 @@ that its environment names.
 """
 
 from lightning_ray.agents.choice import check_agent, make_launcher
-from lightning_ray.agents.config import AgentConfig
+from lightning_ray.agents.config import AgentConfig, ResultBy, ServiceConfig, TaskBy
 from lightning_ray.agents.environment import attempt_environment
 from lightning_ray.agents.grader import Grader, GraderError, grade, load_grader
 from lightning_ray.agents.launch import CommandLauncher, Launcher
@@ -22,7 +22,10 @@ __all__ = [
     "Grader",
     "GraderError",
     "Launcher",
+    "ResultBy",
+    "ServiceConfig",
     "Task",
+    "TaskBy",
     "WarmLauncher",
     "attempt_environment",
     "check_agent",

@@ -13,6 +13,10 @@ from lightning_ray.errors import UserError
 
 REWARD_VARIABLE = "LIGHTNING_RAY_REWARD_URL"
 """Where an agent may post rewards of its own."""
+TASK_VARIABLE = "LIGHTNING_RAY_TASK_FILE"
+"""Where the task lies, with `agent.task_by=file`."""
+RESULT_VARIABLE = "LIGHTNING_RAY_RESULT_FILE"
+"""Where the result belongs, with `agent.result_by=file`."""
 _EXPORTER = "OTEL_EXPORTER_OTLP_"
 
 
@@ -73,3 +77,50 @@ def attempt_environment(
         REWARD_VARIABLE: f"{root}/v1/rewards",
         **(extra or {}),
     }
+
+
+def named_variables(names: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an attempt under other names as well.
+
+    Args:
+        names: The other name of each, to its own: `agent.env_names`.
+        own: What the attempt sets.
+
+    Raises:
+        UserError: the attempt sets no such variable.
+    """
+    for name, source in names.items():
+        if source not in own:
+            raise UserError(
+                f"agent.env_names.{name}: an attempt sets no variable {source!r}; "
+                f"it sets {', '.join(sorted(own))}"
+            )
+    return {name: own[source] for name, source in names.items()}
+
+
+def check_names(config: AgentConfig) -> None:
+    """Raises UserError for a name that no variable can have, or that is set in two ways."""
+    for setting in ("env", "env_names", "task_env"):
+        for name in getattr(config, setting):
+            if not name or "=" in name or "\0" in name:
+                raise UserError(f"agent.{setting}: {name!r} is no name for a variable; correct it")
+    for name in config.task_env:
+        if name in config.env_names:
+            raise UserError(
+                f"agent.task_env.{name}: agent.env_names sets it too; leave it out of one of them"
+            )
+
+
+def env_file(variables: Mapping[str, str]) -> str:
+    """The variables as `docker run --env-file` reads them: NAME=VALUE, one a line.
+
+    Raises:
+        UserError: a value has a line break, which such a file cannot hold.
+    """
+    for name, value in variables.items():
+        if "\n" in value or "\r" in value:
+            raise UserError(
+                f"agent.command: {{env_file}} cannot hold {name}, which has a line break; "
+                "give it to the agent in another way, for example agent.task_by=stdin"
+            )
+    return "".join(f"{name}={value}\n" for name, value in variables.items())

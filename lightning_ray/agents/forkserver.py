@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ray.agents.capture import Capture
+from lightning_ray.agents.job import Job
 from lightning_ray.agents.result import AgentEnd, AgentResult
 from lightning_ray.errors import InfrastructureError
 
@@ -37,20 +38,6 @@ DRAIN_S = 1.0
 # Longer than zygote.PRELOAD_LIMIT_S, which ends a hanging import first.
 READY_LIMIT_S = 130.0
 _REPORT_LIMIT = 1 << 24
-
-
-@dataclass(frozen=True)
-class Job:
-    """One program to run."""
-
-    argv: Sequence[str]
-    env: Mapping[str, str]
-    """Its complete environment."""
-    path: str = ""
-    """The program to execute; not used with `fork`."""
-    fork: bool = False
-    """Run the script `argv[script]` in a fork of the zygote instead of executing `path`."""
-    script: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +63,7 @@ class ForkServer:
         script: str | None = None,
         preload: Sequence[str] = (),
         watch: Sequence[str] = (),
+        scratch: Path | None = None,
     ) -> None:
         """Nothing is started yet.
 
@@ -86,6 +74,7 @@ class ForkServer:
             script: The script that `fork` jobs run, as their command names it.
             preload: Modules to import beforehand, in this order.
             watch: Variables that differ between runs.
+            scratch: A folder that the zygote removes should this process die.
         """
         self._command = [*interpreter, str(ZYGOTE)]
         self._env = dict(env)
@@ -95,6 +84,7 @@ class ForkServer:
             "script": script,
             "preload": list(preload),
             "watch": list(watch),
+            "scratch": None if scratch is None else str(scratch),
         }
         self.preloaded = bool(preload)
         self._ids = itertools.count()
@@ -186,20 +176,14 @@ class ForkServer:
         ended: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         started_at = time.monotonic()
         limits = [max_output_bytes, max_output_bytes, *([_REPORT_LIMIT] if learn else [])]
+        stdin = () if job.stdin is None else (job.stdin_fd(),)
         captures = [Capture(limit) for limit in limits]
         timed_out = False
         try:
             self._runs[run_id] = ended
-            fds = tuple(capture.write_fd for capture in captures)
-            message = {
-                "op": "run",
-                "id": run_id,
-                "fork": job.fork,
-                "path": job.path,
-                "argv": list(job.argv),
-                "script": job.script,
-                "env": dict(job.env),
-            }
+            fds = (*(capture.write_fd for capture in captures[:2]), *stdin)
+            fds += tuple(capture.write_fd for capture in captures[2:])
+            message = {"op": "run", "id": run_id, **job.message()}
             self._send(message, fds)
             try:
                 await asyncio.wait({ended}, timeout=timeout_s)
@@ -219,7 +203,7 @@ class ForkServer:
             del self._runs[run_id]
             self._pids.pop(run_id, None)
         stdout, stderr, *report = captures
-        end, exit_code, signal_number, fault = self._read_end(ended.result(), timed_out)
+        end, exit_code, signal_number, words = self._read_end(ended.result(), job, timed_out)
         result = AgentResult(
             end=end,
             exit_code=exit_code,
@@ -230,20 +214,23 @@ class ForkServer:
             warm=job.fork and self.preloaded,
             truncated=stdout.truncated or stderr.truncated,
             cpu_seconds=ended.result().get("cpu_seconds", 0.0),
-            fault=fault,
+            fault=words if end is AgentEnd.LAUNCH_FAILED else "",
+            reason=words if end is AgentEnd.OVER_LIMIT else "",
         )
         return result, report[0].data if report else b""
 
     def _read_end(
-        self, ended: dict[str, Any], timed_out: bool
+        self, ended: dict[str, Any], job: Job, timed_out: bool
     ) -> tuple[AgentEnd, int | None, int | None, str]:
-        """How a run ended: (end, exit code, signal, fault)."""
+        """How a run ended: (end, exit code, signal, what to say of it)."""
         if ended["event"] != "ended":
             if self._closing:
                 return AgentEnd.CANCELLED, None, None, ""
             return AgentEnd.LAUNCH_FAILED, None, None, ended["error"]
         code = os.waitstatus_to_exitcode(ended["status"])
         exit_code, number = (code, None) if code >= 0 else (None, -code)
+        if ended["over"] is not None:
+            return AgentEnd.OVER_LIMIT, exit_code, number, job.over(*ended["over"])
         if timed_out:
             return AgentEnd.TIMED_OUT, exit_code, number, ""
         if number is None:

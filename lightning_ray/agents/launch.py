@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from lightning_ray.agents.command import fill_command, find_executable
+from lightning_ray.agents.attempt import Attempts
+from lightning_ray.agents.command import find_executable
 from lightning_ray.agents.config import AgentConfig
-from lightning_ray.agents.environment import base_environment, merged_environment
-from lightning_ray.agents.forkserver import ForkServer, Job
+from lightning_ray.agents.forkserver import ForkServer
+from lightning_ray.agents.job import Job
 from lightning_ray.agents.result import AgentResult
 from lightning_ray.agents.task import Task
 from lightning_ray.errors import InfrastructureError, UserError
@@ -56,10 +57,11 @@ class CommandLauncher:
     clears away every agent should this process die.
     """
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, attempts: Attempts | None = None) -> None:
+        """`attempts`: who prepares the attempts, where another launcher of this agent does too."""
         self._config = config
         self._cwd = agent_folder(config)
-        self._base_env = base_environment(config)
+        self._attempts = attempts or Attempts(config)
         self._server: ForkServer | None = None
         self._starting = asyncio.Lock()
         self._closed = False
@@ -70,18 +72,26 @@ class CommandLauncher:
 
     async def run(self, task: Task, env: Mapping[str, str], timeout_s: float) -> AgentResult:
         """See `Launcher.run`."""
-        argv = fill_command(self._config.command, task)
-        full_env = merged_environment(self._base_env, env)
-        path = find_executable(argv[0], full_env, self._cwd)
-        job = Job(argv=argv, env=full_env, path=path)
         server = await self._live_server()
-        return await server.run(job, timeout_s, self._config.max_output_bytes)
+        async with self._attempts.prepared(task, env) as attempt:
+            path = find_executable(attempt.argv[0], attempt.env, self._cwd)
+            job = Job(
+                attempt.argv,
+                attempt.env,
+                path=path,
+                stdin=attempt.stdin,
+                max_memory_mb=self._config.max_memory_mb,
+                max_processes=self._config.max_processes,
+            )
+            seen = await server.run(job, timeout_s, self._config.max_output_bytes)
+            return await attempt.result(seen)
 
     async def close(self) -> None:
         """See `Launcher.close`."""
         self._closed = True
         if self._server is not None:
             await self._server.close()
+        await self._attempts.close()
 
     async def _live_server(self) -> ForkServer:
         async with self._starting:
@@ -92,7 +102,9 @@ class CommandLauncher:
                     await self._server.close()
                 # -I -S: nothing but the standard library, up in 10 ms.
                 command = [sys.executable, "-I", "-S"]
-                self._server = ForkServer(command, self._base_env, self._cwd)
+                self._server = ForkServer(
+                    command, self._attempts.base_env, self._cwd, scratch=self._attempts.folder()
+                )
                 await self._server.start()
             return self._server
 

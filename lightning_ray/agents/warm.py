@@ -10,12 +10,13 @@ makes every start a cold one (it runs a thread); the reason is logged.
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 
+from lightning_ray.agents.attempt import Attempts
 from lightning_ray.agents.command import fill_command, find_executable, python_script
 from lightning_ray.agents.config import AgentConfig
-from lightning_ray.agents.environment import base_environment, merged_environment
-from lightning_ray.agents.forkserver import ForkServer, Job
+from lightning_ray.agents.forkserver import ForkServer
+from lightning_ray.agents.job import Job
 from lightning_ray.agents.launch import CommandLauncher, agent_folder
 from lightning_ray.agents.result import AgentEnd, AgentResult
 from lightning_ray.agents.task import Task
@@ -38,17 +39,20 @@ _STARTUP_VARIABLES = ("PYTHON", "LC_", "LANG", "LD_", "TZ", "OMP_", "MKL_", "OPE
 class WarmLauncher:
     """A `Launcher` for `python [-u] SCRIPT.py ARG...`; cold where a fork would not be exact."""
 
-    def __init__(self, config: AgentConfig) -> None:
+    def __init__(self, config: AgentConfig, own_packages: Collection[str] = ()) -> None:
+        """`own_packages`: those of the agent's own that lie where libraries do."""
         script = python_script(config.command)
         if script is None:
             raise UserError(
                 f"agent.command: {config.command} is not `python [-u] SCRIPT.py ARG...`"
             )
         self._config = config
+        self._own_packages = set(own_packages)
         self._script = script
         self._cwd = agent_folder(config)
-        self._base_env = base_environment(config)
-        self._cold = CommandLauncher(config)
+        self._attempts = Attempts(config)
+        self._base_env = self._attempts.base_env
+        self._cold = CommandLauncher(config, self._attempts)
         self._server: ForkServer | None = None
         self._starting = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
@@ -82,17 +86,23 @@ class WarmLauncher:
         server = await self._live_server() if self._shareable(env) else None
         if server is None:
             return await self._cold.run(task, env, timeout_s)
-        argv = fill_command(self._config.command, task)
-        job = Job(
-            argv, merged_environment(self._base_env, env), fork=True, script=self._script.index
-        )
-        if self._modules is None and self._learning is None and self._tries_left > 0:
-            result = await self._learn(server, job, timeout_s)
-        else:
-            result = await server.run(job, timeout_s, self._config.max_output_bytes)
-        if result.end is not AgentEnd.LAUNCH_FAILED:
-            self._deaths = 0
-        return result
+        async with self._attempts.prepared(task, env) as attempt:
+            job = Job(
+                attempt.argv,
+                attempt.env,
+                fork=True,
+                script=self._script.index,
+                stdin=attempt.stdin,
+                max_memory_mb=self._config.max_memory_mb,
+                max_processes=self._config.max_processes,
+            )
+            if self._modules is None and self._learning is None and self._tries_left > 0:
+                result = await self._learn(server, job, timeout_s)
+            else:
+                result = await server.run(job, timeout_s, self._config.max_output_bytes)
+            if result.end is not AgentEnd.LAUNCH_FAILED:
+                self._deaths = 0
+            return await attempt.result(result)
 
     async def _learn(self, server: ForkServer, job: Job, timeout_s: float) -> AgentResult:
         """Run a job, and have the libraries that it imported made ready for those after it."""
@@ -129,9 +139,10 @@ class WarmLauncher:
 
     def _shareable(self, env: Mapping[str, str]) -> bool:
         """Whether a run with these variables of its own can be a fork."""
-        if self.cold_reason or any(name.startswith(_STARTUP_VARIABLES) for name in env):
+        own = self._attempts.own_names(env)
+        if self.cold_reason or any(name.startswith(_STARTUP_VARIABLES) for name in own):
             return False
-        return self._modules is None or self._watched.issuperset(env)
+        return self._modules is None or self._watched.issuperset(own)
 
     def _learnt(self) -> None:
         """Let the runs go on that wait for the one that learns."""
@@ -172,11 +183,12 @@ class WarmLauncher:
             script=self._script.script,
             preload=modules,
             watch=sorted(watched),
+            scratch=self._attempts.folder(),
         )
 
     async def _warm_up(self, modules: list[str], watched: frozenset[str]) -> None:
         """Replace the zygote by one that has imported the modules, as far as they can be shared."""
-        left_out: set[str] = set()
+        left_out = set(self._own_packages)
         try:
             for _ in range(PRELOAD_ROUNDS):
                 wanted = [m for m in modules if not _under(m, left_out)]

@@ -12,8 +12,8 @@ Invariants:
 
 Started as `python zygote.py FD`, FD being a unix stream socket. Every message is four bytes of
 length (big endian) and a JSON object. The first one in says what to import and is answered by
-`ready`. After it, in: `run` (with the descriptors of stdout, stderr and, to learn, a report) and
-`signal`; out: `started` or `failed`, then `ended`.
+`ready`. After it, in: `run` (with the descriptors of stdout, stderr, of stdin where it has one, and
+to learn of a report) and `signal`; out: `started` or `failed`, then `ended`.
 
 Standard library only, and nothing newer than Python 3.9: the agent's interpreter is not ours.
 """
@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 if TYPE_CHECKING:
     from lightning_ray.agents import zygote_child as child
     from lightning_ray.agents import zygote_libraries as libraries
+    from lightning_ray.agents import zygote_limits as limits
 else:
 
     def _sibling(name):
@@ -58,6 +59,7 @@ else:
 
     child = _sibling("zygote_child")
     libraries = _sibling("zygote_libraries")
+    limits = _sibling("zygote_limits")
 
 # Our descriptors live from here up, so that an agent's first open() gets 3 as it does without us.
 FIRST_OWN_FD = 100
@@ -74,7 +76,10 @@ class Zygote:
     def __init__(self, control: socket.socket):
         self._control = control
         self._owner = os.getppid()
+        self._scratch: str | None = None
         self._children: dict[int, int] = {}  # pid -> id of the run
+        self._watch = limits.Watch()
+        self._over: dict[int, tuple[str, int]] = {}  # pid -> the limit, and how much it held
         self._script_env: dict[bytes, bytes] = {}
         self._shared: frozenset[str] = frozenset()
         self._shared_files: list[Any] = []
@@ -83,6 +88,7 @@ class Zygote:
     def prepare(self) -> None:
         """Obey the first message: import the libraries that it names, and say `ready`."""
         message, _ = self._receive()
+        self._scratch = message["scratch"]
         # What this interpreter put into its environment by itself (PEP 538) it would put there
         # again for each agent.
         given = _raw_env(message["env"])
@@ -136,12 +142,16 @@ class Zygote:
         poll.register(self._control, select.POLLIN)
         poll.register(self._wakeup, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll(OWNER_CHECK_MS)]
+            ready = [fd for fd, _ in poll.poll(self._watch.wait_ms(OWNER_CHECK_MS))]
             if os.getppid() != self._owner:
                 self._abandon()
             if self._wakeup in ready:
                 os.read(self._wakeup, 4096)
             self._reap()
+            for pid, limit, held in self._watch.over():
+                self._over[pid] = (limit, held)
+                self._watch.remove(pid)
+                _kill_group(pid, signal.SIGKILL)
             if self._control.fileno() in ready:
                 message, fds = self._receive()
                 if message["op"] == "signal":
@@ -163,7 +173,8 @@ class Zygote:
             os.write(error_in, f"fork: {error}".encode())
         if pid == 0:
             os.close(error_out)
-            self._enter_child(zygote, fds)
+            stdin = fds.pop(2) if message["stdin"] else None
+            self._enter_child(zygote, fds, stdin)
             if not message["fork"]:
                 _execute(message["path"], message["argv"], message["env"], error_in)
             os.close(error_in)
@@ -188,10 +199,11 @@ class Zygote:
             self._tell({"event": "failed", "id": message["id"], "error": reason})
             return None
         self._children[pid] = message["id"]
+        self._watch.add(pid, message["max_memory"], message["max_processes"])
         self._tell({"event": "started", "id": message["id"], "pid": pid})
         return None
 
-    def _enter_child(self, zygote: int, fds: list[int]) -> None:
+    def _enter_child(self, zygote: int, fds: list[int], stdin: int | None) -> None:
         """Cut the child loose: own session, plain signals, its streams, none of our descriptors."""
         os.setsid()
         if self._prctl is not None:
@@ -203,6 +215,9 @@ class Zygote:
         for fd in self._private_fds:
             os.close(fd)
         self._control.detach()
+        if stdin is not None:
+            os.dup2(stdin, 0)
+            os.close(stdin)
         os.dup2(fds[0], 1)
         os.dup2(fds[1], 2)
         os.close(fds[0])
@@ -229,12 +244,17 @@ class Zygote:
                 _kill_group(pid, signal.SIGKILL)
             run = self._children.pop(pid)
             cpu = usage.ru_utime + usage.ru_stime
-            self._tell({"event": "ended", "id": run, "status": status, "cpu_seconds": cpu})
+            self._watch.remove(pid)
+            over = self._over.pop(pid, None)
+            ended_event = {"event": "ended", "id": run, "status": status, "cpu_seconds": cpu}
+            self._tell({**ended_event, "over": over})
 
     def _abandon(self) -> NoReturn:
         """The owner is gone: take everything down."""
         for pid in self._children:
             _kill_group(pid, signal.SIGKILL)
+        if self._scratch is not None:
+            _remove(self._scratch)
         os._exit(0)
 
     def _tell(self, message: dict[str, Any]) -> None:
@@ -253,7 +273,7 @@ class Zygote:
         while len(data) < wanted:
             try:
                 chunk, ancillary, _, _ = self._control.recvmsg(
-                    wanted - len(data), socket.CMSG_SPACE(3 * struct.calcsize("i"))
+                    wanted - len(data), socket.CMSG_SPACE(4 * struct.calcsize("i"))
                 )
             except ConnectionResetError:
                 self._abandon()
@@ -268,6 +288,24 @@ class Zygote:
                 data, wanted = b"", size
         message: dict[str, Any] = json.loads(data)
         return message, fds
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder and what is in it, as far as that can be done."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        for name in (*files, *folders):
+            _remove_one(os.path.join(place, name))
+    _remove_one(folder)
+
+
+def _remove_one(path: str) -> None:
+    try:
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+    except OSError:
+        pass  # nobody is left to be told
 
 
 def _own_fd(fd: int) -> int:

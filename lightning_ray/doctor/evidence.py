@@ -27,15 +27,18 @@ class Run:
     cpu_seconds: float | None
     warm: bool
     stdout: str
+    """Its result: what it printed, or wrote to its result file."""
     stderr: str
     error: str
     """Why the attempt did not succeed; empty when it did."""
     rewards: dict[str, float] = field(default_factory=dict)
+    graded_exit_codes: Sequence[int] = (0,)
+    """Exit codes that are no failure."""
 
     @property
     def finished(self) -> bool:
         """Whether the agent ended by itself and well, whatever its grader made of it."""
-        return self.end == "exited" and self.exit_code == 0
+        return self.end == "exited" and self.exit_code in self.graded_exit_codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,7 @@ class Evidence:
         return grouped
 
 
-def runs_of(spans: pa.Table) -> list[Run]:
+def runs_of(spans: pa.Table, graded_exit_codes: Sequence[int] = (0,)) -> list[Run]:
     """The attempts whose end is in `spans`, in the order of their ids."""
     rewards = by_attempt(spans)
     runs = []
@@ -98,10 +101,11 @@ def runs_of(spans: pa.Table) -> list[Run]:
                 seconds=told.get("seconds", 0.0),
                 cpu_seconds=told.get("cpu_seconds"),
                 warm=bool(told.get("warm")),
-                stdout=told.get("stdout", ""),
+                stdout=told.get("output", told.get("stdout", "")),
                 stderr=told.get("stderr", ""),
                 error=told.get("error", ""),
                 rewards=rewards.get(row["attempt_id"], {}),
+                graded_exit_codes=graded_exit_codes,
             )
         )
     return sorted(runs, key=lambda run: run.attempt_id)

@@ -112,7 +112,7 @@ class Doctor:
             max_model_len=self._config.inference.max_model_len,
             cores=os.cpu_count() or 1,
         )
-        seen = replace(seen, runs=runs_of(seen.spans))
+        seen = replace(seen, runs=runs_of(seen.spans, settled.graded_exit_codes))
         if not seen.exchanges:
             with self._progress.phase("no call arrived: looking where it goes", slow=True):
                 # A base URL of nobody: what it would answer does not matter any more.

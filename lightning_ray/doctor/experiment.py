@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
+from enum import StrEnum
 from typing import Any
 
 import yaml
@@ -12,7 +13,8 @@ from lightning_ray.agents import AgentConfig
 
 GRADER = "my_grader.py:grade"
 TASKS = "my_tasks.jsonl"
-_KEPT = ("cwd", "env", "inherit_env", "timeout_s", "warm_start", "max_output_bytes")
+# Written in any case, whatever they are.
+_ALWAYS = ("name", "command", "grader")
 # Set by the experiment itself, or of the check alone.
 _OWN = ("agent.", "tasks=", "count=", "samples=", "grader=", "json=", "gateway.models=")
 
@@ -25,8 +27,8 @@ def experiment_yaml(
     described: dict[str, Any] = {"name": agent.name, "command": list(agent.command)}
     for field in fields(AgentConfig):
         value = getattr(agent, field.name)
-        if field.name in _KEPT and value != getattr(default, field.name):
-            described[field.name] = value
+        if field.name not in _ALWAYS and value != getattr(default, field.name):
+            described[field.name] = str(value) if isinstance(value, StrEnum) else value
     described["grader"] = grader or GRADER
     text = yaml.safe_dump(
         {

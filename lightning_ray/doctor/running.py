@@ -67,6 +67,8 @@ def _reason(run: Run) -> str:
 def _mend(run: Run) -> str:
     if run.end == "timed_out":
         return "set agent.timeout_s above what a run takes, or find out what it waits for"
+    if run.end == "over_limit":
+        return "raise the limit that it is over, or find out what it needs so much for"
     if module := _NO_MODULE.search(run.stderr):
         return (
             f"the interpreter that runs Lightning Ray lacks {module[1]!r}: name the agent's own "

@@ -147,7 +147,7 @@ def _attempts(ask: Query) -> Fields:
         fields = {
             "task_id": said.get("task_id"),
             "task": "" if task is None else json.dumps(task, sort_keys=True, ensure_ascii=False),
-            "output": str(said.get("stdout") or ""),
+            "output": str(said.get("output", said.get("stdout")) or ""),
             "error": str(said.get("error") or ""),
             "status": said.get("status"),
         }

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -159,7 +160,7 @@ class RolloutWorker:
             for waiting in (agent, cancelled):
                 waiting.cancel()
             await asyncio.gather(agent, cancelled, return_exceptions=True)
-        status, error = _verdict(result)
+        status, error = _verdict(result, self._config.graded_exit_codes)
         rewards: dict[str, float] = {}
         if status is AttemptStatus.SUCCEEDED:
             table = await self._spans.fetch([lease.attempt_id])
@@ -177,7 +178,7 @@ class RolloutWorker:
         outcome = AttemptOutcome(
             status,
             rewards,
-            result=result.stdout[:SHOWN_CHARACTERS],
+            result=result.output[:SHOWN_CHARACTERS],
             error=error,
             seconds=result.seconds,
             warm=result.warm,
@@ -197,10 +198,10 @@ async def _watch(queue: ActorHandle, attempt_id: str) -> None:
             await asyncio.sleep(RETRY_EVERY_S)
 
 
-def _verdict(result: AgentResult) -> tuple[AttemptStatus, str]:
+def _verdict(result: AgentResult, graded: Collection[int]) -> tuple[AttemptStatus, str]:
     """What an agent's end means for its attempt, and why when it is not a success."""
     tail = result.stderr.strip()[-SHOWN_CHARACTERS:]
-    if result.end is AgentEnd.EXITED and result.exit_code == 0:
+    if result.end is AgentEnd.EXITED and result.exit_code in graded:
         return AttemptStatus.SUCCEEDED, ""
     if result.end is AgentEnd.TIMED_OUT:
         return AttemptStatus.TIMED_OUT, f"stopped after {result.seconds:.0f} s\n{tail}".strip()
@@ -211,7 +212,7 @@ def _verdict(result: AgentResult) -> tuple[AttemptStatus, str]:
     elif result.end is AgentEnd.LAUNCH_FAILED:
         reason = f"could not be started: {result.fault}"
     else:
-        reason = f"exit code {result.exit_code}"
+        reason = result.reason or f"exit code {result.exit_code}"
     return AttemptStatus.FAILED, f"{reason}\n{tail}".strip()
 
 
@@ -242,6 +243,8 @@ def _end_spans(
             "warm": result.warm,
             "stderr": result.stderr[-SHOWN_CHARACTERS:],
         }
+        if result.written is not None:
+            attributes |= {"stdout": result.stdout[:SHOWN_CHARACTERS], "output": outcome.result}
     rows = [
         span(
             SpanKind.RESOURCE,

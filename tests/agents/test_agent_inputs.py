@@ -13,7 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_ray.agents import AgentConfig, Task, attempt_environment, load_tasks
 from lightning_ray.agents.command import PythonScript, fill_command, python_script
-from lightning_ray.agents.environment import merged_environment
+from lightning_ray.agents.environment import (
+    check_names,
+    env_file,
+    merged_environment,
+    named_variables,
+)
 from lightning_ray.errors import UserError
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -147,6 +152,51 @@ def test_an_agent_that_exports_elsewhere_goes_on_doing_so():
     assert merged["OPENAI_API_KEY"] == "key" and "LIGHTNING_RAY_REWARD_URL" in merged
 
 
+OWN = attempt_environment("http://h:1/a", "key")
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Z_]{1,8}", fullmatch=True), st.sampled_from(sorted(OWN))))
+def test_a_variable_of_the_attempt_has_another_name_as_well(names):
+    named = named_variables(names, OWN)
+    assert named == {name: OWN[source] for name, source in names.items()}
+
+
+def test_a_name_for_a_variable_that_is_not_there_is_refused():
+    with pytest.raises(
+        UserError, match=r"agent.env_names.AGL_KEY: an attempt sets no variable 'X'; "
+    ):
+        named_variables({"AGL_KEY": "X"}, OWN)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"env": {"": "1"}}, "agent.env: '' is no name"),
+        ({"env_names": {"A=B": "OPENAI_API_KEY"}}, "agent.env_names: 'A=B' is no name"),
+        ({"task_env": {"A\0": "x"}}, "agent.task_env: .* is no name"),
+        ({"task_env": {"A": "x"}, "env_names": {"A": "OPENAI_API_KEY"}}, "task_env.A: agent.env_n"),
+    ],
+)
+def test_names_that_no_variable_can_have_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_names(AgentConfig(**settings))
+
+
+value = st.text(st.characters(exclude_characters="\0\n\r", exclude_categories=["Cs"]))
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Z_]{1,8}", fullmatch=True), value))
+def test_a_file_of_variables_has_one_a_line(variables):
+    lines = env_file(variables).split("\n")
+    assert lines.pop() == ""
+    assert dict(line.split("=", 1) for line in lines) == variables
+
+
+def test_a_variable_of_two_lines_is_in_no_file():
+    with pytest.raises(UserError, match=r"env_file.* cannot hold TEXT, which has a line break"):
+        env_file({"TEXT": "a\nb"})
+
+
 def test_a_base_url_must_be_one():
     with pytest.raises(UserError, match="is not http"):
         attempt_environment("127.0.0.1:80/x", "key")
@@ -158,7 +208,7 @@ def test_the_schema_is_one_for_hydra():
     config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     assert isinstance(config, AgentConfig)
     assert (config.command, config.cwd, config.timeout_s) == (["python", "a.py"], None, 60.0)
-    assert OmegaConf.is_missing(schema, "command")
+    assert OmegaConf.is_missing(schema, "name")
     for wrong in ({"comand": []}, {"timeout_s": "soon"}, {"command": "python a.py"}):
         with pytest.raises(OmegaConfBaseException):
             OmegaConf.merge(schema, wrong)

@@ -1,14 +1,11 @@
 """The calculator example: an agent as its author wrote it, run against a model that is canned."""
 
 import ast
-import json
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -35,35 +32,6 @@ CONFIG = AgentConfig(
     cwd=str(FOLDER),
     grader=f"{FOLDER}/grader.py:grade",
 )
-
-
-@pytest.fixture
-def model():
-    """A server of chat completions that says what it is told to, and notes what it is asked."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.asked.append((self.path, body, self.headers["Authorization"]))
-            message = {"role": "assistant", "content": server.says}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-            content = json.dumps({**reply, "choices": [choice]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.says = [], ""
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 def test_the_agent_runs_the_models_call(model):

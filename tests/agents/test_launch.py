@@ -244,3 +244,25 @@ def test_only_listed_variables_reach_the_agent(agent, warm, monkeypatch):
     seen = json.loads(run_case(config, "case", warm).stdout)
     seen.pop("LC_CTYPE", None)  # Python's own addition
     assert seen == {**ATTEMPT, "PATH": os.environ["PATH"], "SHARED": "2", "OWN": "3", "LANG": "C"}
+
+
+def test_variables_have_the_names_and_values_that_are_asked_for(agent, warm):
+    source = "import json, os\nprint(json.dumps(dict(os.environ)))\n"
+    config = agent(
+        source,
+        inherit_env=["PATH"],
+        env={"OWN": "3", "OPENAI_API_KEY": "not this"},
+        env_names={"AGL_KEY": "OPENAI_API_KEY", "AGL_EVENT_URL": "LIGHTNING_RAY_REWARD_URL"},
+        task_env={"CASE": "{case}", "ALL": "{{{id}}}"},
+    )
+    result = run_case(config, "ä \n", warm)
+    assert result.exit_code == 0, result.stderr
+    seen = json.loads(result.stdout)
+    seen.pop("LC_CTYPE", None)  # Python's own addition
+    own = {
+        "AGL_KEY": "key",
+        "AGL_EVENT_URL": "http://127.0.0.1:9/attempt/v1/rewards",
+        "CASE": "ä \n",
+        "ALL": "{ä \n}",
+    }
+    assert seen == {**ATTEMPT, "PATH": os.environ["PATH"], "OWN": "3", **own}

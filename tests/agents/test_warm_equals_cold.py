@@ -8,7 +8,7 @@ import pytest
 from agents_support import warmed, with_launcher
 
 from lightning_ray.agents import AgentResult, Task, WarmLauncher, attempt_environment
-from lightning_ray.agents.config import AgentConfig
+from lightning_ray.agents.config import AgentConfig, ResultBy, TaskBy
 
 ATTEMPT = attempt_environment("http://127.0.0.1:9/attempt", "key", {"SNOWMAN": "☃ = x"})
 
@@ -33,9 +33,12 @@ def both(config: AgentConfig, tasks: list[Task]) -> list[tuple[AgentResult, Agen
 
 
 def visible(result: AgentResult) -> tuple:
-    """How it ended and what it printed, addresses aside."""
-    printed = [re.sub(r"0x[0-9a-f]{8,}", "0x", text) for text in (result.stdout, result.stderr)]
-    return (result.end, result.exit_code, result.signal, *printed)
+    """How it ended, what it printed and wrote, addresses and the names of its folders aside."""
+    said = [
+        re.sub(r"0x[0-9a-f]{8,}|/lightning-ray-agents-\w+/\w+", "0x", text)
+        for text in (result.stdout, result.stderr, result.output)
+    ]
+    return (result.end, result.exit_code, result.signal, *said)
 
 
 PROBE = """
@@ -44,7 +47,7 @@ text = lambda value: repr(value).split(" at 0x")[0]
 stream = lambda s: [s.name, s.encoding, s.errors, s.line_buffering, s.write_through, s.isatty(),
                     s.newlines, s.mode, s.fileno(), type(s.buffer).__name__]
 own = dict(globals())
-print(json.dumps({
+told = json.dumps({
     "argv": sys.argv, "orig_argv": sys.orig_argv, "env": dict(os.environ), "cwd": os.getcwd(),
     "path": sys.path, "name": __name__, "file": __file__, "doc": __doc__, "spec": text(__spec__),
     "package": __package__, "loader": [text(__loader__), __loader__.path, __loader__.name],
@@ -66,7 +69,10 @@ print(json.dumps({
     "filters": text(warnings.filters), "excinfo": sys.exc_info(), "path_hooks": text(sys.meta_path),
     "environ": text(type(os.environ)), "coding": __import__("sys").getdefaultencoding(),
     "snowman": "\\N{SNOWMAN}",
-}, default=text, ensure_ascii=False))
+}, default=text, ensure_ascii=False)
+print(told)
+if "LIGHTNING_RAY_RESULT_FILE" in os.environ:
+    open(os.environ["LIGHTNING_RAY_RESULT_FILE"], "w").write(told)
 """
 
 
@@ -89,13 +95,17 @@ def test_a_script_finds_the_same_world(agent, tmp_path, script):
         {"env": {"PYTHONIOENCODING": "latin-1:replace", "PYTHONUTF8": "0", "LC_ALL": "C"}},
         {"env": {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "error::UserWarning"}},
         {"inherit_env": ["PATH"]},  # no locale: Python sets LC_CTYPE for itself
+        {"task_by": TaskBy.stdin},
+        {"command": ["python", "agent.py", "{task_file}"], "task_by": TaskBy.file},
+        {"result_by": ResultBy.file},
     ],
-    ids=["unbuffered", "latin-1", "safe path", "bare"],
+    ids=["unbuffered", "latin-1", "safe path", "bare", "stdin", "task file", "result file"],
 )
 def test_the_interpreters_own_settings_are_the_same(agent, settings):
     ((cold, warm),) = both(agent(PROBE, **settings), [Task("1", {})])
     assert cold.exit_code == 0, cold.stderr
     assert visible(warm) == visible(cold)
+    assert cold.written is None or json.loads(cold.written)["env"]["LIGHTNING_RAY_RESULT_FILE"]
 
 
 ENDINGS = """

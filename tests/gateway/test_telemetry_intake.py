@@ -268,9 +268,45 @@ def test_an_attempt_gives_itself_rewards(doors: Doors, body: Any, expected: list
 
 
 @pytest.mark.parametrize(
+    ("data", "attributes"),
+    [
+        ({"value": 1}, None),
+        ({"value": 0.5, "source": "agent", "reason": "exact"},
+         {"source": "agent", "reason": "exact"}),
+        ({"value": -2, "metadata": {"turns": [1, None], "ä": "☃"}},
+         {"metadata": {"turns": [1, None], "ä": "☃"}}),
+    ],
+)  # fmt: skip
+def test_an_event_may_be_a_reward(doors: Doors, data: Any, attributes: Any) -> None:
+    event = {"event_type": "reward", "data": data, "more": "is not read"}
+    reply = doors.post(REWARDS, json.dumps(event).encode(), JSON)
+    assert json.loads(bytes(reply.body)) == {"kept": 1}
+    (row,) = doors.stored()
+    assert (row["kind"], row["name"], row["value"]) == ("reward", "reward", float(data["value"]))
+    assert (row["source"], row["step"]) == ("agent", None)
+    assert row["attributes"] == attributes or json.loads(row["attributes"]) == attributes
+
+
+@pytest.mark.parametrize("data", [None, {"answer": "42", "deep": {"a": [1]}}])
+def test_an_event_of_another_type_is_a_step_of_the_agent(doors: Doors, data: Any) -> None:
+    event = {"event_type": "agent_output"} | ({} if data is None else {"data": data})
+    assert doors.post(REWARDS, json.dumps(event).encode(), JSON).status_code == 200
+    (row,) = doors.stored()
+    assert (row["kind"], row["name"], row["value"]) == ("agent_step", "agent_output", None)
+    assert json.loads(row["attributes"] or "null") == data
+
+
+@pytest.mark.parametrize(
     ("body", "reason"),
     [
         (b"", "no JSON"),
+        (b'{"event_type": ""}', "`event_type`"),
+        (b'{"event_type": "\\ud800"}', "surrogate"),
+        (b'{"event_type": "reward"}', '"data": {"value": 1.0}'),
+        (b'{"event_type": "reward", "data": {"value": "1"}}', "finite number"),
+        (b'{"event_type": "reward", "data": {"value": NaN}}', "no JSON that can be kept"),
+        (b'{"event_type": "x", "data": [1]}', "is to be an object"),
+        (b'{"event_type": "x", "data": {"a": "\\udfff"}}', "no JSON that can be kept"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[]", "give 1 to 1000 rewards"),
         (b"{}", "give 1 to 1000 rewards"),

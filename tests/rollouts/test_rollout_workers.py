@@ -26,6 +26,8 @@ AGENT = """
         print(os.environ["OPENAI_BASE_URL"])
     elif what.startswith("garbage"):
         sys.stdout.buffer.write(bytes(range(256)))
+    elif what == "gives up":
+        sys.exit(7)
     elif what == "crash":
         sys.exit("the agent is broken")
     elif what == "die":
@@ -56,6 +58,7 @@ def parts(
         cwd=str(folder),
         grader=f"{folder}/grader.py:grade",
         warm_start=False,
+        graded_exit_codes=[0, 7],
     )
     config = RolloutsConfig(slots_per_worker=4)
     queue = start_queue("run", config)
@@ -77,9 +80,9 @@ def test_whatever_an_agent_does_its_rollout_comes_to_an_outcome(
     parts: tuple[QueueClient, SpanClient],
 ) -> None:
     queue, store = parts
-    records = finished(queue, "answer", "garbage", "crash", "die", "ungradable")
+    records = finished(queue, "answer", "garbage", "gives up", "crash", "die", "ungradable")
     records |= finished(queue, "hang", timeout_s=0.5)
-    for name in ("answer", "garbage"):
+    for name in ("answer", "garbage", "gives up"):
         assert records[name].status is RolloutStatus.SUCCEEDED and len(records[name].attempts) == 1
     assert records["answer"].outcome.rewards == {"reward": 1.0, "spans": 0.0}
     assert records["answer"].outcome.result.startswith("http://127.0.0.1:9/a/")

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from lightning_ray.tracking.redaction import MASK, masked
 
 SECRET_WORDS = st.sampled_from(
-    ["api_key", "HF_TOKEN", "client-secret", "dbPassword", "credentials"]
+    ["api_key", "HF_TOKEN", "client-secret", "dbPassword", "credentials", "Authorization"]
 )
 PREFIXES = st.text("abcxyz_", max_size=6)
 HIDDEN = "hunter2-never-shown"
@@ -41,6 +41,7 @@ def test_settings_that_only_sound_secret_are_shown() -> None:
         "use_token": True,
         "password": "",
         "hygiene": {"inexact_tokens": "drop"},
+        "agent": {"env_names": {"AGL_KEY": "OPENAI_API_KEY"}},
     }
     assert masked(config) == config
 
