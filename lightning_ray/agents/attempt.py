@@ -76,14 +76,17 @@ class Attempts:
         }
         self._files = [name for name, asked_for in wanted.items() if asked_for]
         self._folder: Path | None = None
+        self._closed = False
 
     def folder(self) -> Path | None:
         """The folder that holds those of the attempts; None where they need none.
 
         Raises:
-            InfrastructureError: it cannot be made.
+            InfrastructureError: it cannot be made, or the attempts are closed.
         """
         if self._files and self._folder is None:
+            if self._closed:
+                raise InfrastructureError(f"agent {self._config.name}: the launcher is closed")
             try:
                 self._folder = Path(tempfile.mkdtemp(prefix="lightning-ray-agents-"))
             except OSError as error:
@@ -135,7 +138,8 @@ class Attempts:
             await asyncio.to_thread(_remove, folder)
 
     async def close(self) -> None:
-        """Remove the folder of them all. Harmless when repeated."""
+        """Remove the folder of them all, for good. Harmless when repeated."""
+        self._closed = True
         if self._folder is not None:
             folder, self._folder = self._folder, None
             await asyncio.to_thread(_remove, folder)

@@ -10,6 +10,7 @@ it ends. So a service notices that nobody waits any longer.
 import asyncio
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ TOLD = {
 }
 """What a request says of its attempt, and the variable that says it to a command."""
 HEADER = "x-lightning-ray-"
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
 _METHODS = ("POST", "PUT", "PATCH")
 _SHOWN_CHARACTERS = 500
 # What is said of a process that we start, and has no hold on a service.
@@ -177,9 +179,13 @@ def _ended(
 def check_service(config: AgentConfig) -> None:
     """Raises UserError for a service that cannot be asked, or a setting that has no hold on one."""
     service = config.service
-    parts = urlsplit(service.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"agent.service.url={service.url}: must be http(s)://HOST[:PORT]/PATH")
+    try:
+        parts = urlsplit(service.url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError("agent.service.url must be http(s)://HOST[:PORT]/PATH; correct it")
     if parts.username is not None or parts.password is not None:
         raise UserError(
             "agent.service.url holds a name or a password; give them as a header: "
@@ -190,7 +196,7 @@ def check_service(config: AgentConfig) -> None:
     if service.timeout_s is not None and service.timeout_s <= 0:
         raise UserError(f"agent.service.timeout_s={service.timeout_s}: must be above 0, or null")
     for name, value in service.headers.items():
-        if not name or not name.isascii() or set(name + value) & set("\r\n\0"):
+        if not _HEADER_NAME.fullmatch(name) or set(value) & set("\r\n\0"):
             raise UserError(f"agent.service.headers: {name!r} is no header, or its value none")
     fresh = AgentConfig()
     for name in _A_PROCESS:

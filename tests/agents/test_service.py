@@ -216,8 +216,11 @@ def test_the_schema_is_one_for_hydra():
 @pytest.mark.parametrize(
     ("service", "settings", "message"),
     [
-        ({"url": "host:80/x"}, {}, "agent.service.url=host:80/x: must be http"),
+        ({"url": "host:80/x"}, {}, "agent.service.url must be http"),
         ({"url": "http:///x"}, {}, "must be http"),
+        ({"url": "http://h:port/x"}, {}, "must be http"),
+        ({"url": "http://[h/x"}, {}, "must be http"),
+        ({"headers": {"A B": "1"}}, {}, "agent.service.headers: 'A B' is no header"),
         ({"url": "http://me:pass@h/"}, {}, "agent.service.url holds a name or a password"),
         ({"method": "GET"}, {}, "agent.service.method=GET: must be POST or PUT or PATCH"),
         ({"timeout_s": 0}, {}, "agent.service.timeout_s=0: must be above 0"),
