@@ -71,7 +71,8 @@ def make(name: str) -> None:
         folder.mkdir(parents=True)
         for file in ("package.json", "package-lock.json"):
             shutil.copy(pinned.with_name(file), folder)
-        _run(name, ["npm", "ci", "--no-audit", "--no-fund", "--loglevel=error"], folder)
+        quiet = ["--no-audit", "--no-fund", "--loglevel=error", "--fetch-retries=1"]
+        _run(name, ["npm", "ci", *quiet], folder)
         # Node looks for a script's modules beside the script.
         link = pinned.with_name("node_modules")
         link.unlink(missing_ok=True)
@@ -107,7 +108,7 @@ def _pinned(name: str) -> Path:
 
 
 def _pip(name: str, folder: Path, *arguments: str) -> None:
-    quiet = ["install", "-q", "--disable-pip-version-check", "--no-input"]
+    quiet = ["install", "-q", "--disable-pip-version-check", "--no-input", "--retries", "2"]
     _run(name, [str(folder / "bin/python"), "-m", "pip", *quiet, *arguments])
 
 

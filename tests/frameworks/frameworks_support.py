@@ -1,6 +1,7 @@
 """The examples of `examples/frameworks`, and one running stack that any of them can be run on."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -71,7 +72,8 @@ class Example:
     @property
     def id(self) -> str:
         """As a test's parameter."""
-        return f"{self.name}-{Path(self.file).stem}" if self.file != "agent.py" else self.name
+        stem = Path(self.file).stem
+        return self.name if stem == "agent" else f"{self.name}-{stem}"
 
     @property
     def command(self) -> list[str]:
@@ -85,7 +87,7 @@ class Example:
 def make_environment(name: str) -> str | None:
     """Makes the environment of an example if it has one; why not, when it cannot be made."""
     if name == "curl":
-        return None
+        return None if shutil.which("curl") else "curl is not installed"
     command = [sys.executable, str(FOLDER / "environments.py"), name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     return done.stderr.strip() or "no reason" if done.returncode else None

@@ -83,7 +83,7 @@ def test_a_framework_is_run_recorded_exactly_and_learnt_from(
     for record in seen.records:
         outcome = record.outcome
         assert record.status is RolloutStatus.SUCCEEDED, f"{record.attempts}: {outcome}"
-    recorded_tokens_are_those_of_the_worker(seen)
+    continued = recorded_tokens_are_those_of_the_worker(seen)
     calls = seen.calls()
     assert {call["name"] for call in calls} == set(example.paths)
     assert {call["role"] for call in calls} == set(example.roles)
@@ -91,14 +91,18 @@ def test_a_framework_is_run_recorded_exactly_and_learnt_from(
     assert any(line["streamed"] for line in seen.witnessed) == example.streamed
     tools_reach_the_model(example, seen, tokenizer)
     the_learner_takes_a_step(stack, seen)
-    numbers = f"{len(calls)} calls, {sum(len(call['logprobs']) for call in calls)} sampled tokens"
+    sampled = sum(len(call["logprobs"]) for call in calls)
+    numbers = f"{len(calls)} calls, {continued} continue another, {sampled} sampled tokens"
     called = Counter(c["name"] for _, reply in seen.exchanges() for c in reply["tool_calls"])
     seconds = max(record.outcome.seconds for record in seen.records if record.outcome)
     print(f"{example.id}: {numbers}, tools called {dict(called)}, {seconds:.1f} s")
 
 
-def recorded_tokens_are_those_of_the_worker(seen: Seen) -> None:
-    """Every call's tokens, put together again from what the store keeps of it."""
+def recorded_tokens_are_those_of_the_worker(seen: Seen) -> int:
+    """Every call's tokens, put together again from what the store keeps of it.
+
+    Returns how many calls exactly continue another one.
+    """
     trees, inexact = rebuild_trees(seen.spans)
     assert inexact == {}
     assert {tree.attempt_id for tree in trees} >= set(seen.attempts)
@@ -109,6 +113,7 @@ def recorded_tokens_are_those_of_the_worker(seen: Seen) -> None:
             recorded[tuple(tokens[:prompt]), tuple(tokens[prompt:])] += 1
             assert np.isfinite(call.logprobs).all() and len(call.logprobs)
     assert recorded == tokens_of(seen.witnessed)
+    return sum(parent is not None for tree in trees for parent in tree.parents)
 
 
 def tools_reach_the_model(example: Example, seen: Seen, tokenizer: Tokenizer) -> None:

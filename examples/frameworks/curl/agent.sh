@@ -35,4 +35,4 @@ call="{\"id\": \"call_1\", \"type\": \"function\",
 reply=$(ask "\"max_tokens\": 100, \"messages\": [$system, $user,
   {\"role\": \"assistant\", \"tool_calls\": [$call]},
   {\"role\": \"tool\", \"tool_call_id\": \"call_1\", \"content\": \"$sum\"}]")
-printf '%s\n' "$reply" | sed 's/.*"content":"\(\([^"\\]\|\\.\)*\)".*/\1/'
+printf '%s\n' "$reply" | sed 's/.*"content": *"\(\([^"\\]\|\\.\)*\)".*/\1/'

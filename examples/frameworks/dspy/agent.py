@@ -15,7 +15,10 @@ def add(a: int, b: int) -> int:
 
 def main() -> None:
     # Without its cache: an answer that is remembered from another run was not sampled in this one.
-    dspy.configure(lm=dspy.LM("openai/gpt-4o-mini", max_tokens=200, cache=False))
+    dspy.configure(
+        lm=dspy.LM("openai/gpt-4o-mini", max_tokens=200, cache=False),
+        adapter=dspy.ChatAdapter(use_native_function_calling=True),
+    )
     react = dspy.ReActV2("question -> answer: int", tools=[add], max_iters=2)
     print(react(question=sys.argv[1]).answer)
 
