@@ -1,12 +1,13 @@
 # make train   sets up and trains the default experiment: an agent that never heard of us
 # make test    sets up and runs the tests; make test-all also those that take minutes each
+# make test-frameworks   makes the environment of every example agent, then runs them all
 # make bench-spans   measures the span store beside agentlightning 0.3.0, see docs/benchmarks.md
 # make bench-gateway   measures the gateway beside agentlightning 1.0's, and with nothing in between
 # make check   format, lint, types, and the direction of imports
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: setup train test test-all bench-spans bench-gateway check format lock clean
+.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -18,10 +19,14 @@ train: setup
 	@$(VENV)/bin/lightning-ray train experiment=calculator $(ARGS)
 
 test: setup
-	@$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	@$(VENV)/bin/python -m pytest -m "not slow and not frameworks" $(ARGS)
 
 test-all: setup
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -m "not frameworks" $(ARGS)
+
+test-frameworks: setup
+	@$(VENV)/bin/python examples/frameworks/environments.py
+	@$(VENV)/bin/python -m pytest tests/frameworks $(ARGS)
 
 bench-spans: setup
 	@$(VENV)/bin/python -m benchmarks.spans $(ARGS)
