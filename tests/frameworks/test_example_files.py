@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 from frameworks_support import FOLDER
-from test_frameworks import OTHERS, QUICK
+from test_frameworks import EXAMPLES
 
 from lightning_ray.agents import AgentResult, load_grader, load_tasks
 from lightning_ray.agents.result import AgentEnd
@@ -38,7 +38,7 @@ def write_lock(tmp_path: Path, text: str) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {(example.name, example.file) for example in (*QUICK, *OTHERS)}
+    tested = {(example.name, example.file) for example in EXAMPLES}
     agents = [*FOLDER.glob("*/*.py"), *FOLDER.glob("*/*.mjs"), *FOLDER.glob("*/*.sh")]
     there = {(path.parent.name, path.name) for path in agents}
     assert there - {("mcp", "server.py")} == tested
@@ -66,7 +66,7 @@ def test_the_lock_of_node_names_no_host() -> None:
     assert packages["node_modules/openai"]["version"] == wanted["openai"]
 
 
-@pytest.mark.parametrize("example", [*QUICK, *OTHERS], ids=lambda example: example.id)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.id)
 def test_an_example_knows_nothing_of_us(example) -> None:
     text = (FOLDER / example.name / example.file).read_text().lower()
     assert "lightning" not in text and "localhost" not in text and "127.0.0.1" not in text
