@@ -35,6 +35,7 @@ HEADER = "x-lightning-ray-"
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
 _METHODS = ("POST", "PUT", "PATCH")
 _SHOWN_CHARACTERS = 500
+_CLOSE_S = 5.0
 # What is said of a process that we start, and has no hold on a service.
 _A_PROCESS = (
     "python",
@@ -84,7 +85,8 @@ class ServiceLauncher:
         for asking in list(self._running):
             asking.cancel()
         if self._running:
-            await asyncio.wait(list(self._running))
+            # They only have to close a connection; nobody waits for one that cannot.
+            await asyncio.wait(list(self._running), timeout=_CLOSE_S)
         if self._session is not None:
             await self._session.close()
 

@@ -34,7 +34,7 @@ FOREIGN_KINDS = (
     SpanKind.REWARD,
     SpanKind.FEEDBACK,
 )
-"""What a span from outside may be; `model_call` and `resource` are recorded by us alone."""
+"""What an agent's span may be; model calls are for engines to record, `resource` for workers."""
 
 OURS = (
     "role",

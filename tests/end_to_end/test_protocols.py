@@ -190,9 +190,6 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
-DELTAS = ("content", "text", "delta", "partial_json", "arguments")
-
-
 def said(event: Any, path: str) -> str:
     """What an event of a stream adds to the answer."""
     if path == CHAT:
