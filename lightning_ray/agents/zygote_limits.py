@@ -53,8 +53,9 @@ class Watch:
             if processes is not None and len(held) > processes:
                 found.append((leader, "processes", len(held)))
             elif memory is not None and sum(held) > memory:
-                # A page that several of them share has been counted for each; this is dearer.
-                once = sum(_proportional(pid, resident) for pid, resident in members)
+                # A page that several of them share has been counted for each; this is dearer. What
+                # some give up while the others are read would be counted twice: read it again.
+                once = min(held_together(members), held_together(members))
                 if once > memory:
                     found.append((leader, "memory", once))
         self._next = time.monotonic() + LOOK_EVERY_S
@@ -82,13 +83,23 @@ def _groups(leaders: dict[int, tuple[int | None, int | None]]) -> dict[int, list
     return groups
 
 
+def held_together(members: list[tuple[int, int]]) -> int:
+    """Bytes that these processes hold together, of pages that they share a part each."""
+    return sum(_proportional(pid, resident) for pid, resident in members)
+
+
 def _proportional(pid: int, resident: int) -> int:
-    """Bytes of a process, pages that it shares divided among those who do; else `resident`."""
+    """Bytes of a process, pages that it shares divided among those who do.
+
+    0 if it has ended. `resident`, if it has taken on rights under which it cannot be read.
+    """
     try:
         with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
             for line in file:
                 if line.startswith(b"Pss:"):
                     return int(line.split()[1]) * 1024
+    except PermissionError:
+        return resident
     except OSError:
-        pass  # it ended, or has taken on other rights
-    return resident
+        return 0
+    return 0

@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning_ray.errors import UserError
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
 
 @dataclass
 class InferenceConfig:
@@ -16,8 +18,9 @@ class InferenceConfig:
     """Longest prompt plus answer, tokens."""
     max_num_seqs: int = 64
     """Calls that one engine computes at the same time."""
-    dtype: str = "bfloat16"
-    """Type of the weights and of the computation."""
+    dtype: str = "auto"
+    """Type of the weights and of the computation. auto: bfloat16, but float32 on a processor that
+    has no instructions for bfloat16 and computes it several times slower."""
     kv_cache_gib: float = 1.0
     """Memory for keys and values on a CPU, GiB; a GPU goes by gpu_memory_utilization."""
     gpu_memory_utilization: float = 0.45
@@ -55,5 +58,5 @@ def check_inference(config: InferenceConfig) -> None:
             raise UserError(f"inference.{name}={getattr(config, name)}: must be at least 1")
     if config.kv_cache_gib <= 0:
         raise UserError(f"inference.kv_cache_gib={config.kv_cache_gib}: must be above 0")
-    if config.dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"inference.dtype={config.dtype}: must be bfloat16, float16 or float32")
+    if config.dtype not in DTYPES:
+        raise UserError(f"inference.dtype={config.dtype}: must be one of {', '.join(DTYPES)}")

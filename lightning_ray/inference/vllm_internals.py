@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from lightning_ray.cluster.processor import multiplies_bfloat16
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.attribution import (
     App,
@@ -179,7 +180,7 @@ def server_arguments(model_dir: str, names: list[str], config: InferenceConfig) 
     arguments.served_model_name = names
     arguments.max_model_len = config.max_model_len
     arguments.max_num_seqs = config.max_num_seqs
-    arguments.dtype = config.dtype
+    arguments.dtype = _dtype(config)
     arguments.enforce_eager = config.enforce_eager
     arguments.generation_config = "vllm"
     arguments.seed = config.seed
@@ -197,6 +198,13 @@ def server_arguments(model_dir: str, names: list[str], config: InferenceConfig) 
             raise UserError(f"inference.extra.{name}: vLLM has no such argument; correct the name")
         setattr(arguments, name, value)
     return arguments
+
+
+def _dtype(config: InferenceConfig) -> str:
+    """The type to compute in on this machine, which is the engine's."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if config.num_gpus > 0 or multiplies_bfloat16() else "float32"
 
 
 def make_engine(arguments: Namespace) -> RecordingLLM:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_ray.errors import UserError
 
-DTYPES = ("bf16", "fp32")
+DTYPES = ("auto", "bf16", "fp32")
 ZERO_STAGES = (1, 2)
 WEIGHT_INDEX = "model.safetensors.index.json"
 
@@ -21,8 +21,9 @@ class LearnerConfig:
 
     num_ranks: int = 1
     """Actors that train together; a batch is split over them."""
-    dtype: str = "bf16"
-    """bf16: weights and activations in bfloat16 over fp32 master weights. fp32: all in fp32."""
+    dtype: str = "auto"
+    """bf16: weights and activations in bfloat16 over fp32 master weights. fp32: all in fp32.
+    auto: bf16, but fp32 where the first rank's processor has no instructions for it."""
     zero_stage: int = 1
     """1: optimiser state split over the ranks. 2: gradients too."""
     learning_rate: float = 1e-5

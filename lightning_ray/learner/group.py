@@ -128,14 +128,14 @@ class LearnerGroup:
 
     def _start(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        host, port = self._get(
+        host, port, dtype = self._get(
             [self._workers[0].address.remote()],
             timeout_s,
             f"learner actor 0 of {self.config.num_ranks} to start; does the cluster have "
             f"{self.config.num_cpus} CPUs and {self.config.num_gpus} GPUs free for each?",
         )[0]
         self._get(
-            [worker.setup.remote(host, port) for worker in self._workers],
+            [worker.setup.remote(host, port, dtype) for worker in self._workers],
             deadline - time.monotonic(),
             f"{self.config.num_ranks} learner actors to load the model; does the cluster have "
             f"{self.config.num_cpus} CPUs and {self.config.num_gpus} GPUs free for each?",

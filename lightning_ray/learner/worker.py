@@ -16,6 +16,7 @@ import pickle
 import random
 import socket
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from lightning_ray.algorithms.base import LossConfig, TokenLoss
+from lightning_ray.cluster.processor import multiplies_bfloat16
 from lightning_ray.errors import UserError
 from lightning_ray.learner.checkpoint import STATE_FILE
 from lightning_ray.learner.config import LearnerConfig
@@ -56,17 +58,23 @@ class LearnerWorker:
         self.rank = rank
         self._steps = 0
 
-    def address(self) -> tuple[str, int]:
-        """Where the ranks can meet if this one is rank 0: its host and a free port."""
+    def address(self) -> tuple[str, int, str]:
+        """What `setup` needs if this is rank 0: its host, a free port there, bf16 or fp32."""
         import ray
 
         host = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
         with socket.socket() as free:
             free.bind(("", 0))
-            return host, free.getsockname()[1]
+            return host, free.getsockname()[1], self._resolved_dtype()
 
-    def setup(self, host: str, port: int) -> None:
-        """Meet the other ranks, load the model and make the optimiser."""
+    def _resolved_dtype(self) -> str:
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        return "bf16" if self.config.num_gpus > 0 or multiplies_bfloat16() else "fp32"
+
+    def setup(self, host: str, port: int, dtype: str) -> None:
+        """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`."""
+        self.config = replace(self.config, dtype=dtype)
         set_environment(self.rank, self.config.num_ranks, host, port)
         import torch
 
@@ -170,7 +178,8 @@ class LearnerWorker:
         """Write the weights as a Hugging Face folder that an engine can load.
 
         The folder has config, generation config and the base's tokenizer files beside the weights,
-        which are bfloat16, or of the base's type where the learner computes in float32.
+        which are of the type that the learner computes in: an engine that computes in the same one
+        then has the very weights that the next step starts from.
 
         Raises:
             FileExistsError: the folder exists; a version is never overwritten.
@@ -185,13 +194,11 @@ class LearnerWorker:
             target = Path(path)
             partial = partial_folder(target)
             weights = {
-                name: value.detach().to("cpu", self._publish_dtype)
+                name: value.detach().to("cpu", self._dtype)
                 for name, value in self.engine.module.model.state_dict().items()
             }
             self.engine.module.model.save_pretrained(partial, state_dict=weights)
-            copy_companions(
-                self.model_dir, partial, str(self._publish_dtype).removeprefix("torch.")
-            )
+            copy_companions(self.model_dir, partial, str(self._dtype).removeprefix("torch."))
             commit_folder(partial, target)
         torch.distributed.barrier()
 
@@ -219,7 +226,11 @@ class LearnerWorker:
         }
         (partial / f"random-{self.rank}.pickle").write_bytes(pickle.dumps(generators))
         if self.rank == 0:
-            own = {"steps": self._steps, "num_ranks": self.config.num_ranks}
+            own = {
+                "steps": self._steps,
+                "num_ranks": self.config.num_ranks,
+                "dtype": self.config.dtype,
+            }
             (partial / STATE_FILE).write_text(json.dumps({"learner": own, "state": state}))
         torch.distributed.barrier()
         if self.rank == 0:
@@ -233,7 +244,8 @@ class LearnerWorker:
             The caller's state.
 
         Raises:
-            UserError: there is no whole checkpoint at `path`, or another number of ranks wrote it.
+            UserError: there is no whole checkpoint at `path`, or one of another number of ranks or
+                another type.
         """
         import torch
 
@@ -245,6 +257,11 @@ class LearnerWorker:
             raise UserError(
                 f"the checkpoint {folder} was saved by {saved['learner']['num_ranks']} ranks; "
                 f"set learner.num_ranks to that, it is {self.config.num_ranks}"
+            )
+        if saved["learner"].get("dtype", self.config.dtype) != self.config.dtype:
+            raise UserError(
+                f"the checkpoint {folder} was saved in {saved['learner']['dtype']}; set "
+                f"learner.dtype to that, here it is {self.config.dtype}"
             )
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if loaded is None:
@@ -270,12 +287,10 @@ class LearnerWorker:
         from lightning_ray.learner.forward import PolicyModule
 
         disable_progress_bar()
-        dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
+        self._dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(
-            self.model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            self.model_dir, dtype=self._dtype, attn_implementation="sdpa", local_files_only=True
         )
-        base_dtype = getattr(torch, _dtype_name(self.model_dir), torch.float32)
-        self._publish_dtype = dtype if dtype is torch.bfloat16 else base_dtype
         model.config.use_cache = True  # what is published is for generating
         if self.config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -366,12 +381,6 @@ def _total_weight(packed: PackedBatch) -> float:
     """Sum of weights times advantages over the batch; every rank has packed all of it."""
     with np.errstate(all="ignore"):  # what is not finite is found in the loss
         return sum(float(np.dot(row.weights, row.advantages)) for row in packed.rows)
-
-
-def _dtype_name(model_dir: Path) -> str:
-    """The type of the base's weights as its config names it: "bfloat16", "float32"."""
-    config = json.loads((model_dir / "config.json").read_text())
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _trainable_values(batch: pa.Table, name: str) -> npt.NDArray[Any]:

@@ -8,7 +8,7 @@ import pytest
 from agents_support import assert_gone, warmed, with_launcher
 
 from lightning_ray.agents import AgentEnd, Task, WarmLauncher, attempt_environment, check_agent
-from lightning_ray.agents.zygote_limits import Watch
+from lightning_ray.agents.zygote_limits import Watch, held_together
 from lightning_ray.errors import UserError
 
 ATTEMPT = attempt_environment("http://127.0.0.1:9/attempt", "key")
@@ -106,6 +106,16 @@ def test_an_attempt_within_its_limits_is_left_alone(agent, warm, case):
     """Memory that its processes share is counted once."""
     result = run_case(agent(AGENT, "{case}", max_memory_mb=200, max_processes=6), case, warm)
     assert (result.end, result.exit_code, result.reason) == (AgentEnd.EXITED, 0, ""), result
+
+
+def test_a_process_that_ends_while_it_is_counted_holds_nothing(warm):
+    ended = os.fork()
+    if ended == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    assert held_together([(ended, 10**9)]) == 0
+    os.waitpid(ended, 0)
+    assert held_together([(ended, 10**9)]) == 0
 
 
 def test_a_limit_must_be_above_zero(agent, tmp_path, warm):

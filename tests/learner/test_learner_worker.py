@@ -243,12 +243,33 @@ def test_a_published_folder_is_a_model_with_the_present_weights(model_dir, tmp_p
         worker.publish(str(tmp_path / "v1"))
 
 
-def test_weights_are_published_in_the_base_models_type(tmp_path):
+def test_no_weight_is_rounded_to_the_type_of_the_base(tmp_path):
+    """An engine with rounded weights would sample from another policy than the learner's."""
     base = tiny_model(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    start(base, dtype="fp32").publish(str(tmp_path / "v1"))
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "v1").dtype == torch.bfloat16
+    worker = start(base, dtype="fp32", learning_rate=1e-3)
+    worker.step(on_policy(worker, samples()), LOSS)
+    worker.publish(str(tmp_path / "v1"))
+    published = AutoModelForCausalLM.from_pretrained(tmp_path / "v1")
+    assert published.dtype == torch.float32
+    assert largest_difference(weights(worker), dict(published.named_parameters())) == 0
+
+
+@pytest.mark.parametrize(("has_it", "dtype"), [(True, "bf16"), (False, "fp32")])
+def test_auto_computes_in_bfloat16_where_the_processor_does(
+    model_dir, tmp_path, monkeypatch, has_it, dtype
+):
+    monkeypatch.setattr("lightning_ray.learner.worker.multiplies_bfloat16", lambda: has_it)
+    worker = start(model_dir, dtype="auto")
+    assert next(iter(worker.engine.module.parameters())).dtype == (
+        torch.bfloat16 if has_it else torch.float32
+    )
+    worker.save_checkpoint(str(tmp_path / "saved"), {})
+    assert start(model_dir, dtype=dtype).load_checkpoint(str(tmp_path / "saved")) == {}
+    other = "fp32" if has_it else "bf16"
+    with pytest.raises(UserError, match=f"saved in {dtype}; set learner.dtype to that.* {other}"):
+        start(model_dir, dtype=other).load_checkpoint(str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize(("dtype", "zero_stage"), KINDS)
