@@ -197,6 +197,9 @@ def server_arguments(model_dir: str, names: list[str], config: InferenceConfig) 
         if not hasattr(arguments, name):
             raise UserError(f"inference.extra.{name}: vLLM has no such argument; correct the name")
         setattr(arguments, name, value)
+    if arguments.worker_extension_cls:
+        raise UserError("inference.extra.worker_extension_cls: that place is taken; remove it")
+    arguments.worker_extension_cls = "lightning_ray.inference.worker_extension.ReplaceWeights"
     return arguments
 
 
@@ -222,11 +225,8 @@ async def make_app(engine: RecordingLLM, arguments: Namespace, key: str) -> App:
 
 async def load_weights(engine: RecordingLLM, folder: str, timeout_s: float) -> None:
     """Replaces the weights by those in `folder`; no call may be inside the engine."""
-    # The worker's reload redoes what loading does to the weights (prepacking on a CPU); a bare
-    # load_weights would leave what is computed as it was.
-    await engine.collective_rpc(
-        "reload_weights", timeout=timeout_s, kwargs={"weights_path": folder}
-    )
+    # A bare load_weights would leave what a CPU computes with, packed at the start, as it was.
+    await engine.collective_rpc("replace_weights", timeout=timeout_s, args=(folder,))
     # Keys and values of the old weights must never answer for the new ones.
     if not await engine.reset_prefix_cache():
         raise RuntimeError("vLLM kept its prefix cache although no call was running")

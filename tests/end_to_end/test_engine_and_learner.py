@@ -6,6 +6,7 @@ must agree with those that the engine recorded, to the rounding of bfloat16.
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import torch
+from transformers import AutoModelForCausalLM
 
 from lightning_ray.algorithms import LossConfig
+from lightning_ray.cluster.processor import multiplies_bfloat16
 from lightning_ray.inference import (
     Attribution,
     InferenceConfig,
@@ -36,6 +40,8 @@ pytestmark = pytest.mark.timeout(1500)
 CHAT = "/v1/chat/completions"
 TOLERANCE = 0.02
 """Mean absolute difference of logprobs between two computations in bfloat16."""
+AGREED = TOLERANCE if multiplies_bfloat16() else 0.0005
+"""The same between engine and learner, which compute in float32 where the processor has no more."""
 
 
 @dataclass
@@ -187,7 +193,7 @@ def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(st
     before = stack.sample("before", 48)
     agreed = stack.difference(before)
     print(f"mean absolute difference: {agreed:.4f} at version 0")
-    assert agreed <= TOLERANCE
+    assert agreed <= AGREED
 
     # Short answers are the good ones here, as in the example: more of those, less noise.
     lengths = trainable_counts(before)
@@ -207,7 +213,7 @@ def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(st
     assert {v for row in after["versions"].to_pylist() for v in row} == {-1, 1}
     renewed = stack.difference(after)
     print(f"{renewed:.4f} at version 1")
-    assert renewed <= TOLERANCE
+    assert renewed <= AGREED
 
 
 def test_the_prefix_cache_never_crosses_versions(stack, tmp_path):
@@ -244,9 +250,31 @@ def test_the_prefix_cache_never_crosses_versions(stack, tmp_path):
     assert apart(new, uncached) <= 2 * TOLERANCE
 
 
+def test_an_update_reaches_an_output_head_that_shares_the_embedding(stack, tmp_path):
+    """No checkpoint names such a head; a CPU multiplies by a packed copy of it."""
+    asked = question(23) | {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+    model = AutoModelForCausalLM.from_pretrained(stack.base, dtype=torch.float32)
+    model.eval()
+    folder = shutil.copytree(stack.base, tmp_path / "flatter")
+    with torch.no_grad():
+        # The blocks normalise what they read, so that this little more than halves the logits.
+        model.get_output_embeddings().weight.mul_(0.5)
+    model.save_pretrained(folder)
+    stack.engines.update_weights(str(folder), 4)
+    stack.version = 4
+    reply = stack.post("flatter", **asked, return_token_ids=True).json()
+    with torch.no_grad():
+        logits = model(torch.tensor([reply["prompt_token_ids"]])).logits[0, -1]
+    (token,) = reply["choices"][0]["logprobs"]["content"]
+    told = torch.tensor([top["logprob"] for top in token["top_logprobs"]])
+    true = torch.log_softmax(logits, -1).topk(5).values
+    print(f"told {told.tolist()}, true {true.tolist()}")
+    assert torch.allclose(told, true, atol=0.1)
+
+
 def test_calls_go_on_through_an_update(stack, tmp_path):
     """Calls that run or arrive while the weights change end well, each on one version."""
-    folder = stack.learner.publish(tmp_path / "version-4", 120)
+    folder = stack.learner.publish(tmp_path / "version-5", 120)
 
     async def both() -> list[int]:
         async with httpx.AsyncClient(timeout=120) as client:
@@ -255,11 +283,11 @@ def test_calls_go_on_through_an_update(stack, tmp_path):
                 client.post(url, headers=stack.headers(f"through{i}"), json=question(i))
                 for i in range(24)
             ]
-            update = asyncio.to_thread(stack.engines.update_weights, str(folder), 4)
+            update = asyncio.to_thread(stack.engines.update_weights, str(folder), 5)
             replies = await asyncio.gather(*calls, update)
         return [reply.status_code for reply in replies[:-1]]
 
     assert asyncio.run(both()) == [200] * 24
-    stack.version = 4
+    stack.version = 5
     versions = {row["version"] for row in stack.spans(*[f"through{i}" for i in range(24)])}
-    assert versions <= {3, 4}
+    assert versions <= {4, 5}
