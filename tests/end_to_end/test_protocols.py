@@ -124,15 +124,15 @@ JSON_SCHEMA = {"name": "number", "schema": SCHEMA, "strict": True}
 
 
 def chat(**more: Any) -> dict[str, Any]:
-    return {"messages": SAY, "max_tokens": 24, **more}
+    return {"messages": SAY, "max_tokens": 12, **more}
 
 
 def responses(**more: Any) -> dict[str, Any]:
-    return {"input": "Say one short sentence about the sea.", "max_output_tokens": 24, **more}
+    return {"input": "Say one short sentence about the sea.", "max_output_tokens": 16, **more}
 
 
 def messages(**more: Any) -> dict[str, Any]:
-    return {"messages": SAY, "max_tokens": 24, **more}
+    return {"messages": SAY, "max_tokens": 12, **more}
 
 
 REQUESTS = {

@@ -192,9 +192,9 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
         """From now, a release's command having returned, until `expected` has every new one."""
         begun = time.monotonic()
         asked = []
-        for number in range(40):
+        for number in range(24):
             asked.append(pool.submit(new_conversation, begun, number))
-            time.sleep(0.05)
+            time.sleep(0.06)
         answers = [future.result(120) for future in asked]
         assert max(answers)[1] == expected, answers
         return max((at for at, version in answers if version != expected), default=0.0)

@@ -201,6 +201,7 @@ def evaluated(cli, story) -> tuple[Path, subprocess.CompletedProcess[str]]:
     return folder, done
 
 
+@pytest.mark.slow
 def test_evaluation_runs_each_task_on_both_versions(story, evaluated):
     folder, done = evaluated
     last = read_summary(story.folder / "summary.json").extra["version"]
@@ -220,6 +221,7 @@ def test_evaluation_runs_each_task_on_both_versions(story, evaluated):
     )
 
 
+@pytest.mark.slow
 def test_evaluation_reports_measures_pairs_and_gates(story, evaluated):
     folder, done = evaluated
     found = json.loads((folder / "evaluation.json").read_text())
@@ -241,6 +243,7 @@ def test_evaluation_reports_measures_pairs_and_gates(story, evaluated):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_evaluation_is_an_mlflow_run_of_its_own(story, evaluated):
     folder, _ = evaluated
     client = MlflowClient(f"sqlite:///{story.folder.parent}/mlflow.db")
