@@ -145,7 +145,7 @@ def lookup_ms(folder: Path, spans: int, lookups: int) -> float:
     """
 
     async def measure() -> float:
-        store = under_test.open_store(under_test.only_shard(folder))
+        store = under_test.open_store(folder)
         rng = np.random.default_rng(2)
         took = []
         for number in rng.integers(0, spans // workload.SPANS_PER_ROLLOUT, lookups + 20):

@@ -49,7 +49,6 @@ from lightning_ray.spans import (
     start_store,
     to_batch,
 )
-from lightning_ray.spans.layout import shard_folder
 from lightning_ray.spans.store import SpanStore
 
 RUN = "bench"
@@ -157,11 +156,6 @@ def with_columns(batch: pa.RecordBatch, columns: dict[str, pa.Array]) -> pa.Reco
 def open_store(folder: Path) -> SpanStore:
     """One shard in this process, without Ray."""
     return SpanStore(str(folder), SpansConfig())
-
-
-def only_shard(folder: Path) -> Path:
-    """The folder of the one shard of a store that `running_store` made with `shards=1`."""
-    return shard_folder(folder, 0)
 
 
 class Recorder:
