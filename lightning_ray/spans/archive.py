@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.spans.durable import sync_folder
 from lightning_ray.spans.manifests import Sealed, SealedFile
+from lightning_ray.spans.memory import give_back
 from lightning_ray.spans.schema import SCHEMA_VERSION, SPAN_SCHEMA
 
 NONE = "__none__"
@@ -75,19 +76,21 @@ class Archive:
         Raises InfrastructureError when the archive refuses.
         """
         name = f"shard{shard}-{segment:08d}.parquet"
+        count, times = keys.num_rows, pc.min_max(keys["start_ns"]).as_py()
+        parts = _split(keys)
+        del keys
         try:
-            files = tuple(self._write(part, rows, name) for part in _split(keys))
+            files = tuple(self._write(part, rows, name) for part in parts)
         except (OSError, pa.ArrowException) as error:
             raise InfrastructureError(
                 f"spans could not be sealed to {self.place}: {error}"
             ) from error
-        times = pc.min_max(keys["start_ns"]).as_py()
         return Sealed(
             shard,
             segment,
             self.uri,
             SCHEMA_VERSION,
-            keys.num_rows,
+            count,
             sum(file.bytes for file in files),
             times["min"] or 0,
             times["max"] or 0,
@@ -218,6 +221,8 @@ class Archive:
                 writer.write_table(group, size)
                 start += size
                 size = min(8192, max(64, _ROW_GROUP_BYTES * group.num_rows // group.nbytes))
+                del group
+                give_back()
         if self._local:
             _settle(Path(target), Path(full), Path(self._base))
         rollouts = pc.min_max(part["rollout_id"]).as_py()

@@ -22,6 +22,7 @@ from lightning_ray.errors import InfrastructureError, own_error
 from lightning_ray.spans.archive import check_archive
 from lightning_ray.spans.config import SpansConfig
 from lightning_ray.spans.layout import prepare_folder, shard_of
+from lightning_ray.spans.memory import hold_little
 from lightning_ray.spans.reading import in_order, rollout_of
 from lightning_ray.spans.rows import to_batch
 from lightning_ray.spans.schema import SPAN_SCHEMA
@@ -289,6 +290,14 @@ class SpanClient:
                 raise own_error(error) from None
 
 
+class _Shard(SpanStore):
+    """A shard in a process of its own."""
+
+    def __init__(self, folder: str, config: SpansConfig, shard: int):
+        hold_little()
+        super().__init__(folder, config, shard)
+
+
 @ray.remote(num_cpus=0)
 def _join(column: str, wanted: list[str], *tables: pa.Table) -> pa.Table:
     """The shards' answers as one table."""
@@ -300,7 +309,7 @@ def start_store(folder: str, config: SpansConfig) -> SpanClient:
 
     Raises InfrastructureError when the folder cannot be used, UserError when the archive cannot.
     """
-    actor = ray.remote(SpanStore).options(
+    actor = ray.remote(_Shard).options(
         num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000
     )
     shards = prepare_folder(Path(folder), config.shards)

@@ -64,12 +64,14 @@ class SealedSegments:
 
     def seal(self, number: int) -> Sealed:
         """Seals a closed segment. Raises OSError or InfrastructureError; another try may follow."""
-        keys = self._segments.table(number, columns=KEYS)
 
         def rows(numbers: Numbers) -> list[pa.RecordBatch]:
             return self._segments.rows(number, numbers)
 
-        sealed = self._archive.seal(keys, rows, self._shard, number)
+        # Not kept here: it holds the segment's pages, and is needed at the beginning only.
+        sealed = self._archive.seal(
+            self._segments.table(number, columns=KEYS), rows, self._shard, number
+        )
         sealed.write_manifest(self._folder)
         self.known[number] = sealed
         log.info("segment %d of %s: %d spans sealed", number, self._folder, sealed.rows)

@@ -27,6 +27,7 @@ from lightning_ray.errors import InfrastructureError
 from lightning_ray.spans.config import SpansConfig
 from lightning_ray.spans.index import SpanIndex, names_of
 from lightning_ray.spans.layout import shard_folder
+from lightning_ray.spans.memory import give_back
 from lightning_ray.spans.reading import Part, ShardReader, rollout_of
 from lightning_ray.spans.retention import check_not_removed
 from lightning_ray.spans.schema import SPAN_SCHEMA
@@ -244,6 +245,7 @@ class SpanStore:
                 async with self._tending:
                     await self._close_if_old(time.monotonic())
                     await asyncio.to_thread(self._tend)
+                await asyncio.to_thread(give_back)
             except (OSError, InfrastructureError) as error:
                 # Nothing is lost: the segments stay as they are until it is possible.
                 log.warning("spans in %s could not be sealed: %s", self._folder, error)
