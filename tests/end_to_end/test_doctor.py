@@ -20,6 +20,8 @@ from lightning_ray.jobs.compose import compose_config
 from lightning_ray.tracking import Progress
 from lightning_ray.training import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 # Asks twice, keeping its history, greedily, under a name that nobody listed; leaves a process.

@@ -19,7 +19,7 @@ from lightning_ray.policies.prompt_registry import PromptRegistry
 from lightning_ray.spans import SpanKind
 from lightning_ray.spans.query import read_folder
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 OWN = "Turn each question into a calculator expression."
 HEAVY = ("libtorch", "/vllm/", "/deepspeed/")

@@ -29,8 +29,8 @@ from lightning_ray.rollouts.queue import RolloutQueue
 
 GOOD = AttemptOutcome(AttemptStatus.SUCCEEDED, {"reward": 1.0})
 BAD = AttemptOutcome(AttemptStatus.FAILED, error="exit code 1")
-KILLS = 15
-ROLLOUTS = 200
+KILLS = 10
+ROLLOUTS = 100
 
 
 def spec(rollout_id: str) -> RolloutSpec:

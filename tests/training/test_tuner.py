@@ -72,6 +72,7 @@ class Job:
         )
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
     ray_cluster: None, tmp_path: Path
 ) -> None:
