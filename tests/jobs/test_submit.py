@@ -117,6 +117,7 @@ def test_a_command_is_run_there_followed_and_listed(typed, project) -> None:
     assert f"{job}: had ended already: SUCCEEDED" in typed("stop", job)[1]
 
 
+@pytest.mark.slow
 def test_the_folder_and_the_named_variables_go_along(
     typed, project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_a_job_that_fails_ends_its_log_with_status_1(typed, project) -> None:
     assert status == 0 and "FAILED" in printed and "exit status 2" in printed
 
 
+@pytest.mark.slow
 def test_a_program_that_is_not_there_is_said_so(typed, project) -> None:
     job = _job(typed("version", "cluster.program=no-such-program")[1])
     assert typed("logs", job, "-f")[0] == 1

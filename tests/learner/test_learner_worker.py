@@ -191,7 +191,7 @@ def test_good_answers_become_likelier_and_bad_ones_less(model_dir, dtype, zero_s
     assert all(math.isfinite(loss) for loss in losses)
 
 
-@pytest.mark.parametrize(("dtype", "zero_stage"), KINDS)
+@pytest.mark.parametrize(("dtype", "zero_stage"), KINDS[::3])
 @pytest.mark.parametrize("poison", [float("inf"), float("nan"), 3e38])
 def test_what_is_not_finite_never_reaches_the_weights(model_dir, dtype, zero_stage, poison):
     worker = start(model_dir, dtype=dtype, zero_stage=zero_stage, tokens_per_row=20)

@@ -21,7 +21,7 @@ WRITERS = 6
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [15, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_no_acknowledged_span_is_lost_or_doubled_when_shards_are_killed_under_load(
     ray_cluster: None, tmp_path: Path, kills: int
 ) -> None:
