@@ -91,15 +91,23 @@ def held_together(members: list[tuple[int, int]]) -> int:
 def _proportional(pid: int, resident: int) -> int:
     """Bytes of a process, pages that it shares divided among those who do.
 
-    0 if it has ended. `resident`, if it has taken on rights under which it cannot be read.
+    0 if it has ended. `resident`, if this cannot be read: it has taken on other rights, or the
+    kernel does not say.
     """
     try:
         with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
             for line in file:
                 if line.startswith(b"Pss:"):
                     return int(line.split()[1]) * 1024
-    except PermissionError:
-        return resident
     except OSError:
-        return 0
-    return 0
+        pass
+    return resident if _lives(pid) else 0
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process still has memory; an ended one that nobody has waited for has none."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return file.read().split()[0] != b"0"
+    except OSError:
+        return False

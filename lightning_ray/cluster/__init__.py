@@ -1,6 +1,7 @@
 """The cluster: connecting to Ray, stopping what was started, sending jobs, rendering manifests.
 
-Owns the connection and its environment, Ray's job server and the RayJob. It must not know what runs
+Owns the connection and its environment, Ray's job server, the RayJob, and what is asked of the
+machine that a process was placed on. It must not know what runs
 on the cluster.
 """
 

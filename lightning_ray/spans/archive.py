@@ -78,7 +78,7 @@ class Archive:
         name = f"shard{shard}-{segment:08d}.parquet"
         count, times = keys.num_rows, pc.min_max(keys["start_ns"]).as_py()
         parts = _split(keys)
-        del keys
+        del keys  # they may hold a segment's pages, and are copied with the first part
         try:
             files = tuple(self._write(part, rows, name) for part in parts)
         except (OSError, pa.ArrowException) as error:

@@ -83,3 +83,11 @@ def test_results_are_written_as_the_claims_name_them(
         {"claim": "smaller", "ours": 1.0, "peer": None, "ratio": 1.0, "unit": "MB"}
     ]
     assert json.loads(about.read_text()) == {"cores": 2}
+
+
+def test_a_store_that_was_filled_is_looked_up_when_it_is_opened_again(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    grown = alone.grow(tmp_path, 2_000, lookups=5, clients=2)
+    assert grown.memory["beyond_object_store"] > grown.memory["own"] > 0
+    assert alone.lookup_ms(tmp_path, 2_000, lookups=5) > 0

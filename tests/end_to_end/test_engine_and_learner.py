@@ -257,7 +257,7 @@ def test_an_update_reaches_an_output_head_that_shares_the_embedding(stack, tmp_p
     model.eval()
     folder = shutil.copytree(stack.base, tmp_path / "flatter")
     with torch.no_grad():
-        # The blocks normalise what they read, so that this little more than halves the logits.
+        # The blocks normalise what they read, so that this does little but halve the logits.
         model.get_output_embeddings().weight.mul_(0.5)
     model.save_pretrained(folder)
     stack.engines.update_weights(str(folder), 4)

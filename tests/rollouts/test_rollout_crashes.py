@@ -29,20 +29,21 @@ from lightning_ray.rollouts.queue import RolloutQueue
 
 GOOD = AttemptOutcome(AttemptStatus.SUCCEEDED, {"reward": 1.0})
 BAD = AttemptOutcome(AttemptStatus.FAILED, error="exit code 1")
-KILLS = 10
-ROLLOUTS = 100
 
 
 def spec(rollout_id: str) -> RolloutSpec:
     return RolloutSpec(rollout_id, "task", {"q": rollout_id}, 600.0, max_attempts=2)
 
 
+@pytest.mark.parametrize(
+    ("kills_at_most", "rollouts"), [(10, 100), pytest.param(15, 300, marks=pytest.mark.slow)]
+)
 def test_a_queue_that_is_killed_again_and_again_loses_and_repeats_nothing(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, kills_at_most: int, rollouts: int
 ) -> None:
     queue = start_queue("run", RolloutsConfig(worker_lost_s=600.0), tmp_path)
     actor = queue.actor
-    ids = [f"r{number}" for number in range(ROLLOUTS)]
+    ids = [f"r{number}" for number in range(rollouts)]
     leased: list[str] = []
     acknowledged: dict[str, AttemptOutcome] = {}
     kills = 0
@@ -51,7 +52,7 @@ def test_a_queue_that_is_killed_again_and_again_loses_and_repeats_nothing(
         return await ask_async(lambda: method.remote(*arguments), 60, what)
 
     async def client(number: int) -> None:
-        while len(acknowledged) < 2 * ROLLOUTS:
+        while len(acknowledged) < 2 * rollouts:
             request = secrets.token_urlsafe(24)
             lease = await asked("hand out work", actor.dequeue, 0.5, f"w{number}", request)
             if lease is None:
@@ -67,7 +68,7 @@ def test_a_queue_that_is_killed_again_and_again_loses_and_repeats_nothing(
 
     async def killer() -> None:
         nonlocal kills
-        while kills < KILLS and len(acknowledged) < 2 * ROLLOUTS:
+        while kills < kills_at_most and len(acknowledged) < 2 * rollouts:
             pid = await ask_async(
                 lambda: actor.__ray_call__.remote(lambda self: os.getpid()), 60, "say who it is"
             )
@@ -79,7 +80,7 @@ def test_a_queue_that_is_killed_again_and_again_loses_and_repeats_nothing(
         await asyncio.gather(killer(), *(client(number) for number in range(16)))
 
     try:
-        assert queue.enqueue([spec(rollout_id) for rollout_id in ids], 60) == ROLLOUTS
+        assert queue.enqueue([spec(rollout_id) for rollout_id in ids], 60) == rollouts
         asyncio.run(asyncio.wait_for(main(), 240))
         assert kills >= 5
         # Nobody shared an attempt, and none was skipped.
@@ -91,7 +92,7 @@ def test_a_queue_that_is_killed_again_and_again_loses_and_repeats_nothing(
             for attempt_id, status in record.attempts:
                 assert status is acknowledged[attempt_id].status
         counts = queue.counts()
-        assert (counts.succeeded, counts.attempts) == (ROLLOUTS, 2 * ROLLOUTS)
+        assert (counts.succeeded, counts.attempts) == (rollouts, 2 * rollouts)
         assert queue.enqueue([spec(rollout_id) for rollout_id in ids]) == 0
     finally:
         ray.kill(actor)
