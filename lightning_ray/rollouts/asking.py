@@ -10,21 +10,31 @@ import ray
 from lightning_ray.errors import InfrastructureError, own_error
 
 RETRY_EVERY_S = 0.2
+TRY_S = 10.0
+"""One try. Ray may neither answer a call that meets its actor's death nor say that it is lost."""
 
 
 class RestartingError(InfrastructureError):
     """The queue could not keep what it was told and starts again; tell it once more."""
 
 
-def ask(make: Callable[[], "ray.ObjectRef"], timeout_s: float, what: str) -> Any:
-    """The answer to a call that may be repeated. Raises InfrastructureError after `timeout_s`."""
+def ask(
+    make: Callable[[], "ray.ObjectRef"], timeout_s: float, what: str, wait_s: float = 0.0
+) -> Any:
+    """The answer to a call that may be repeated. Raises InfrastructureError after `timeout_s`.
+
+    `wait_s`: for how long the queue may keep the call on purpose. What is not answered TRY_S
+    seconds after that is asked once more.
+    """
     deadline = time.monotonic() + timeout_s
     why = ""
     while True:
+        left = max(0.0, deadline - time.monotonic())
         try:
-            return ray.get(make(), timeout=max(0.0, deadline - time.monotonic()))
+            return ray.get(make(), timeout=min(left, wait_s + TRY_S))
         except ray.exceptions.GetTimeoutError as error:
-            raise _late(what, timeout_s, why) from error
+            if time.monotonic() >= deadline:
+                raise _late(what, timeout_s, why) from error
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
             why = _again(error) or why
             if time.monotonic() > deadline:
@@ -32,15 +42,19 @@ def ask(make: Callable[[], "ray.ObjectRef"], timeout_s: float, what: str) -> Any
         time.sleep(RETRY_EVERY_S)
 
 
-async def ask_async(make: Callable[[], "ray.ObjectRef"], timeout_s: float, what: str) -> Any:
+async def ask_async(
+    make: Callable[[], "ray.ObjectRef"], timeout_s: float, what: str, wait_s: float = 0.0
+) -> Any:
     """As `ask`, for a caller that runs an event loop."""
     deadline = time.monotonic() + timeout_s
     why = ""
     while True:
+        left = max(0.0, deadline - time.monotonic())
         try:
-            return await asyncio.wait_for(make(), max(0.0, deadline - time.monotonic()))
+            return await asyncio.wait_for(make(), min(left, wait_s + TRY_S))
         except TimeoutError as error:
-            raise _late(what, timeout_s, why) from error
+            if time.monotonic() >= deadline:
+                raise _late(what, timeout_s, why) from error
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
             why = _again(error) or why
             if time.monotonic() > deadline:

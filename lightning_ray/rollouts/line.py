@@ -48,7 +48,7 @@ class Line:
         if lease is None and wait_s > 0:
             # Whoever has to wait waits alone: a shared message would keep the others waiting.
             make = partial(self._queue.dequeue.remote, wait_s, worker, request)
-            lease = await ask_async(make, wait_s + self._timeout_s, "hand out work")
+            lease = await ask_async(make, wait_s + self._timeout_s, "hand out work", wait_s)
         return lease
 
     async def finish(self, attempt_id: str, outcome: AttemptOutcome) -> bool:

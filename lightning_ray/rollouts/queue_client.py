@@ -35,7 +35,10 @@ class QueueClient:
         """The records of the rollouts that ended within `timeout_s` seconds."""
         ids = list(rollout_ids)
         records: list[RolloutRecord] = ask(
-            lambda: self.actor.wait.remote(ids, timeout_s), timeout_s + 30, "wait for rollouts"
+            lambda: self.actor.wait.remote(ids, timeout_s),
+            timeout_s + 30,
+            "wait for rollouts",
+            timeout_s,
         )
         return records
 
@@ -82,5 +85,5 @@ def start_queue(
     heartbeats = None if spans is None else cloudpickle.dumps(spans)
     client = QueueClient(actor.remote(run_id, config, folder and str(folder), heartbeats))
     # Waited for: an actor's calls may overtake each other, and this one clears the table.
-    ask(client.actor.begin.remote, START_TIMEOUT_S, "begin")
+    ask(client.actor.begin.remote, START_TIMEOUT_S, "begin", START_TIMEOUT_S)
     return client

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from lightning_ray.spans.frames import check_frames
 from lightning_ray.spans.limits import TelemetryLimits
-from lightning_ray.spans.masking import mask_column
+from lightning_ray.spans.masking import mask_columns
 from lightning_ray.spans.otlp import UndecodableError
 from lightning_ray.spans.query import query
 from lightning_ray.spans.schema import SPAN_SCHEMA, SpanKind, SpanStatus
@@ -111,7 +111,8 @@ def _check_columns(schema: pa.Schema) -> None:
 def _column(table: pa.Table, field: pa.Field, ignored: Sequence[str]) -> pa.Array:
     if field.name not in table.column_names or field.name in ignored:
         return pa.nulls(table.num_rows, field.type)
-    return table[field.name].cast(field.type).combine_chunks()
+    column = table[field.name]
+    return (column if column.type == field.type else column.cast(field.type)).combine_chunks()
 
 
 def _with_defaults(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -213,8 +214,9 @@ def _valid_json(texts: pa.Array) -> Mask:
         _OWN.duckdb = duckdb.connect(config={"enable_external_access": "false", "threads": 1})
     _OWN.duckdb.register("texts", pa.table({"a": texts}))
     try:
-        found = _OWN.duckdb.sql("SELECT coalesce(json_valid(a), true) AS v FROM texts")
-        return mask(found.to_arrow_table()["v"])
+        asked = _OWN.duckdb.execute("SELECT coalesce(json_valid(a), true) AS v FROM texts")
+        valid: Mask = asked.fetchnumpy()["v"]
+        return valid
     finally:
         _OWN.duckdb.unregister("texts")
 
@@ -232,14 +234,23 @@ def _has_cost(texts: pa.Array, valid: Mask) -> Mask:
 
 def _shallow(texts: pa.Array, limit: int) -> pa.Array:
     """Whether lists and objects lie at most `limit` deep in one another."""
-    opened = pc.add(
-        pc.count_substring(pc.fill_null(texts, ""), "["),
-        pc.count_substring(pc.fill_null(texts, ""), "{"),
-    )
-    many = pc.greater(opened, limit)
+    edges, data = _edges_and_bytes(texts)
+    opening = (data == ord("[")) | (data == ord("{"))
+    before = np.concatenate(([0], np.cumsum(opening, dtype=np.int32)))
     # The brackets of a text are an upper bound of its depth; few have more than the limit.
+    many = pa.array(before[edges[1:]] - before[edges[:-1]] > limit)
     deep = pc.greater(depths(texts.filter(many)), limit)
     return pc.replace_with_mask(pc.invert(many), many, pc.invert(deep))
+
+
+def _edges_and_bytes(texts: pa.Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Where each text begins and the last one ends, and the bytes of all of them."""
+    offsets, data = (
+        np.frombuffer(buffer or b"", kind)
+        for buffer, kind in zip(texts.buffers()[1:], (np.int32, np.uint8), strict=True)
+    )
+    edges = offsets[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    return edges - edges[0], data[edges[0] : edges[-1]]
 
 
 def depths(texts: pa.Array) -> pa.Array:
@@ -247,12 +258,8 @@ def depths(texts: pa.Array) -> pa.Array:
     texts = pc.fill_null(texts, "")
     if len(texts) == 0:
         return pa.array([], pa.int64())
-    offsets, data = (
-        np.frombuffer(buffer or b"", kind)
-        for buffer, kind in zip(texts.buffers()[1:], (np.int32, np.uint8), strict=True)
-    )
-    edges = offsets[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
-    places = np.flatnonzero(_SYNTAX[data[edges[0] : edges[-1]]]) + edges[0]
+    edges, data = _edges_and_bytes(texts)
+    places = np.flatnonzero(_SYNTAX[data])
     first = np.searchsorted(places, edges)
     rows = np.repeat(np.arange(len(texts)), np.diff(first))
     symbols = data[places]
@@ -300,7 +307,8 @@ def hexadecimal(column: pa.Array, digits: int, optional: bool) -> Mask:
 
 def mask(array: pa.Array | pa.ChunkedArray) -> Mask:
     """As numpy; null is false."""
-    filled: Mask = pc.fill_null(array, False).to_numpy(zero_copy_only=False)
+    full = pc.fill_null(array, False) if array.null_count else array
+    filled: Mask = full.to_numpy(zero_copy_only=False)
     return filled.astype(np.bool_, copy=False)
 
 
@@ -309,6 +317,5 @@ def settled(batch: pa.RecordBatch, place: Mapping[str, pa.Array], source: str) -
     columns = {name: batch[name] for name in batch.schema.names} | dict(place)
     columns["source"] = pa.repeat(pa.scalar(source, pa.string()), batch.num_rows)
     columns["sequence"] = pa.array(np.zeros(batch.num_rows, np.int64))
-    for name in (*_TEXTS, "attributes"):
-        columns[name] = mask_column(columns[name])
+    columns |= mask_columns({name: columns[name] for name in (*_TEXTS, "attributes")})
     return pa.RecordBatch.from_arrays([columns[f.name] for f in SPAN_SCHEMA], schema=SPAN_SCHEMA)

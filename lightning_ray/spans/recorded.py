@@ -95,9 +95,9 @@ def _attempts(batch: pa.RecordBatch) -> tuple[Mask, pa.Array]:
     if said.null_count == len(said):
         return np.ones(len(said), np.bool_), pa.repeat(pa.scalar("/1"), len(said))
     number = pc.replace_substring_regex(said, pattern=_ATTEMPT, replacement=r"\1")
+    # One that does not end so stays whole, and is never itself behind a rollout's id.
     own = pc.equal(said, pc.binary_join_element_wise(batch["rollout_id"], number, ""))
-    ends = pc.match_substring_regex(said, pattern=_ATTEMPT)
-    return mask(pc.fill_null(pc.and_(own, ends), True)), pc.fill_null(number, "/1")
+    return mask(pc.fill_null(own, True)), pc.fill_null(number, "/1")
 
 
 def _call_checks(batch: pa.RecordBatch, policies: Collection[str]) -> Iterator[tuple[str, Mask]]:

@@ -29,7 +29,7 @@ from lightning_ray.spans.conventions import (
     step_of,
 )
 from lightning_ray.spans.limits import TelemetryLimits
-from lightning_ray.spans.masking import mask_column, masked
+from lightning_ray.spans.masking import mask_columns, masked
 from lightning_ray.spans.otlp import OtlpSpan, TooMuchError
 from lightning_ray.spans.schema import SPAN_SCHEMA, SpanKind, SpanStatus
 
@@ -131,9 +131,10 @@ def to_place(spans: Iterable[Arrived], run_id: str, rollout_id: str, attempt_id:
 def telemetry_batch(rows: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
     """Rows as one record batch of SPAN_SCHEMA, without the secrets in their texts."""
     batch = pa.RecordBatch.from_pylist(list(rows), schema=SPAN_SCHEMA)
-    for name in ("name", "agent", "tool", "model", "attributes"):
+    texts = {name: batch[name] for name in ("name", "agent", "tool", "model", "attributes")}
+    for name, column in mask_columns(texts).items():
         place = SPAN_SCHEMA.get_field_index(name)
-        batch = batch.set_column(place, SPAN_SCHEMA.field(place), mask_column(batch[name]))
+        batch = batch.set_column(place, SPAN_SCHEMA.field(place), column)
     return batch
 
 

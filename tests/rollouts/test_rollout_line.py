@@ -1,7 +1,7 @@
 """Calls to the queue that share messages, on a real actor."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,10 @@ from lightning_ray.rollouts import (
     QueueClient,
     RolloutsConfig,
     RolloutSpec,
+    asking,
     start_queue,
 )
+from lightning_ray.rollouts.asking import ask, ask_async
 from lightning_ray.rollouts.line import Line
 
 GOOD = AttemptOutcome(AttemptStatus.SUCCEEDED, {"reward": 1.0})
@@ -82,5 +84,38 @@ def test_a_queue_that_is_gone_is_said_to_every_caller(queue: QueueClient) -> Non
         calls = [line.finish(f"r{number}/1", GOOD) for number in range(3)]
         said = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(error) for error in said] == [InfrastructureError] * 3
+
+    asyncio.run(run())
+
+
+def test_a_call_that_is_never_answered_is_made_again(
+    queue: QueueClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "TRY_S", 0.5)
+    queue.enqueue([RolloutSpec("r", "task", {}, 60.0)])
+
+    def calls() -> Callable[[], ray.ObjectRef]:
+        # What Ray does to a call that meets its actor's death: no answer, and no error either.
+        first = iter([queue.actor.cancelled.remote("r/1")])
+        return lambda: next(first, None) or queue.actor.counts.remote()
+
+    async def run() -> None:
+        lease = await queue.actor.dequeue.remote(10)
+        assert lease.attempt_id == "r/1"
+        assert (await ask_async(calls(), 30, "count rollouts")).running == 1
+        assert ask(calls(), 30, "count rollouts").running == 1
+        with pytest.raises(InfrastructureError, match="did not end the attempt within 2 s"):
+            await ask_async(lambda: queue.actor.cancelled.remote("r/1"), 2, "end the attempt")
+        with pytest.raises(InfrastructureError, match="did not end the attempt within 2 s"):
+            ask(lambda: queue.actor.cancelled.remote("r/1"), 2, "end the attempt")
+        # What the queue may keep on purpose is not asked again in the meantime.
+        asked = []
+
+        def work() -> ray.ObjectRef:
+            asked.append(1)
+            return queue.actor.dequeue.remote(2.0)
+
+        assert await ask_async(work, 30, "hand out work", 2.0) is None
+        assert len(asked) == 1
 
     asyncio.run(run())
