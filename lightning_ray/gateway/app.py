@@ -16,12 +16,16 @@ from typing import Any
 
 import aiohttp
 import ray
-from fastapi import FastAPI, Request
 from ray import serve
 from ray.actor import ActorHandle
-from starlette.responses import Response
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.gateway.admission import Admission, Attempts, NotAdmittedError
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
 from lightning_ray.gateway.desk import Passage, conversation_of, trace_of
@@ -47,9 +51,6 @@ VERSION_HEADER = "x-lightning-ray-version"
 FEEDBACK = "/v1/feedback"
 
 _COME_AGAIN = frozenset({429, 502, 503, 504})
-
-app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-app.add_middleware(Visits)
 
 
 class _Refusal(Exception):
@@ -92,7 +93,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 @serve.deployment
-@serve.ingress(app)
+@serve.ingress()
 class Gateway:
     """A replica of the door."""
 
@@ -113,6 +114,7 @@ class Gateway:
         self._config = config
         # Calls that come at the same time are asked about in one message.
         self._line = None if queue is None else Line(queue, RESOLVE_S)
+        self._attempts = None if self._line is None else Attempts(self._line)
         self._roles = tuple(roles)
         self._answerers = {answerer.policy: answerer for answerer in answerers}
         self._spans = spans
@@ -122,32 +124,46 @@ class Gateway:
         self._desk = live.desk if live else None
         self._serving = live.config if live else None
         self._run_id = live.run_id if live else ""
+        self._app = self._routes()
         self._listener = None
         if port is not None:
-            self._listener = Listener(app, config.host, port, config.num_replicas > 1)
+            self._listener = Listener(self._app, config.host, port, config.num_replicas > 1)
 
     def check_health(self) -> None:
         """Asked by Ray Serve now and then. Raises RuntimeError when this replica hears no calls."""
         if self._listener is not None:
             self._listener.check()
 
-    @app.get("/openapi.json")
-    async def describe(self) -> dict[str, Any]:
-        """The description of the door's own routes."""
-        return describe_routes()
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """What Ray Serve's own proxies speak to, where calls come through them."""
+        return self._app
 
-    @app.api_route("/a/{capability}/{path:path}", methods=["GET", "POST"])
-    async def call(self, capability: str, path: str, request: Request) -> Response:
+    def _routes(self) -> Starlette:
+        routes = [
+            Route("/openapi.json", self._describe, methods=["GET"]),
+            Route("/a/{capability}/{path:path}", self._call, methods=["GET", "POST"]),
+            Route("/v1/{path:path}", self._live_call, methods=["GET", "POST"]),
+        ]
+        for route in routes:
+            # Starlette's own, which engines and upstreams have no answer for.
+            assert route.methods is not None
+            route.methods.discard("HEAD")
+        return Starlette(routes=routes, middleware=[Middleware(Visits)])
+
+    async def _describe(self, request: Request) -> Response:
+        """The description of the door's own routes."""
+        return JSONResponse(describe_routes())
+
+    async def _call(self, request: Request) -> Response:
         """One call of an attempt, unstreamed or streamed, or what it tells."""
-        path = "/" + path
+        capability, path = request.path_params["capability"], "/" + request.path_params["path"]
         if path in TOLD and request.method == "POST":
             return await self._take(path, request, self._told(path, capability, request))
         return await self._answer(path, self._attempt(capability, path, request))
 
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST"])
-    async def live(self, path: str, request: Request) -> Response:
+    async def _live_call(self, request: Request) -> Response:
         """One call of live traffic, its telemetry, or feedback on it."""
-        path = "/v1/" + path
+        path = "/v1/" + request.path_params["path"]
         if path in (TRACES, BULK) and request.method == "POST":
             return await self._take(path, request, self._told_live(path, request))
         return await self._answer(path, self._live(path, request))
@@ -158,6 +174,8 @@ class Gateway:
                 return await answer
         except _Refusal as refusal:
             return _error(path, refusal.status, refusal.message)
+        except NotAdmittedError:
+            return _error(path, 401, "this base URL belongs to no running attempt")
         except TooManyCallsError as error:
             return _error(path, 429, str(error))
         except TimeoutError:
@@ -166,6 +184,9 @@ class Gateway:
         except aiohttp.ClientError as error:
             log.error("no answer: %s", error)
             return _error(path, 502, "the engine did not answer; try again")
+        except (ray.exceptions.RayError, InfrastructureError) as error:
+            log.error("nobody knows whose %s is: %s", path, error)
+            return _error(path, 503, "the door cannot be opened now; try again")
 
     async def _take(
         self, path: str, request: Request, answer: Coroutine[Any, Any, Response]
@@ -204,23 +225,33 @@ class Gateway:
         return await self._intake.live(caller, self._desk, self._serving, self._run_id, request)
 
     async def _attempt(self, capability: str, path: str, request: Request) -> Response:
-        identity: Identity | None = None
-        if self._line is not None:
-            identity = await self._line.resolve(capability)
-        if identity is None:
-            raise _Refusal(401, "this base URL belongs to no running attempt")
+        if self._attempts is None:
+            raise NotAdmittedError
+        admission = self._attempts.ask(capability)
+        try:
+            return await self._admitted(admission, path, request)
+        except (_Refusal, TooManyCallsError):
+            # What is refused of a call is said to running attempts only.
+            await admission.identity()
+            raise
+
+    async def _admitted(self, admission: Admission, path: str, request: Request) -> Response:
+        identity = admission.expected or await admission.identity()
         limit = self._config.max_calls_per_attempt
         self._enter(request, identity.attempt_id, limit, "gateway.max_calls_per_attempt")
         _require_served(path, request)
         if request.method == "GET":
-            return await self._list(path, request, identity)
+            return await self._list(path, request, await admission.identity())
         content = await self._body(request)
         body = _parsed(content)
         role = self._role(path, body, request)
         answerer = self._answerers[role.policy]
-        return await self._forward.call(
-            Call(path, content, body, role, identity, answerer, {}), request
-        )
+        call = Call(path, content, body, role, identity, answerer, {})
+        if answerer.upstream is not None or identity.note_messages:
+            # An upstream is paid for, and messages are noted with the reply.
+            await admission.identity()
+            return await self._forward.call(call, request)
+        return await admission.meanwhile(self._forward.call(call, request))
 
     async def _live(self, path: str, request: Request) -> Response:
         if self._desk is None or self._serving is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from lightning_ray.gateway.answered import NotedCall
@@ -109,9 +109,11 @@ class Forwarder:
             identity.rollout_id,
             call.path,
             headers,
-            params=request.query_params,
+            params=request.query_params or None,
             data=content or None,
         )
+        # Also of a reply that is not passed on in the end.
+        visit_of(request).leaving.append(reply.close)
         return await (relay(reply) if noted is None else recorded(noted, reply))
 
     async def _ask_upstream(
@@ -154,6 +156,8 @@ class Forwarder:
             limit = aiohttp.ClientTimeout(total=self._config.call_timeout_s, sock_connect=10)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
+                # A cookie that came with one attempt's reply is no other's.
+                cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=limit,
                 auto_decompress=False,
                 # Asked for by nobody, and passed on as it came.

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
-from fastapi import Request
 from ray.actor import ActorHandle
+from starlette.requests import Request
 from starlette.responses import Response
 
 from lightning_ray.errors import InfrastructureError

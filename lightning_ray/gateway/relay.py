@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 import aiohttp
-from fastapi import Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from lightning_ray.gateway.answered import AnsweredCall

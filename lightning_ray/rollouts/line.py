@@ -56,17 +56,16 @@ class Line:
         counted: bool = await self._call("finish", attempt_id, outcome)
         return counted
 
-    async def resolve(self, capability: str, telling: bool = False) -> Identity | None:
+    def resolve(self, capability: str, telling: bool = False) -> "asyncio.Future[Identity | None]":
         """Whom a capability stands for at the time of asking; see `RolloutQueue.resolve`."""
-        identity: Identity | None = await self._call("resolve", capability, telling)
-        return identity
+        return self._call("resolve", capability, telling)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
+    def _call(self, method: str, *arguments: Any) -> "asyncio.Future[Any]":
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(((method, arguments), answer))
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._send())
-        return await answer
+        return answer
 
     async def _send(self) -> None:
         # One turn of the loop: those who are ready now go along.

@@ -49,6 +49,8 @@ class StubEngine:
     async def _answer(self, request: web.Request, how: str) -> web.StreamResponse:
         if how == "refuse":
             return web.Response(status=422, body=b'{"error": "mine"}', headers={"x-engine": "1"})
+        if how == "cookie":
+            return web.Response(body=REPLY, headers={"set-cookie": "session=1"})
         if how == "hang":
             await asyncio.sleep(60)
         if how == "large stream":

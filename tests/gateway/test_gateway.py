@@ -138,6 +138,35 @@ def test_only_a_running_attempt_may_enter(door: Door, lease: Lease) -> None:
     assert door.stub.requests == []
 
 
+@pytest.mark.parametrize("how", ["", "hang", "large stream"])
+def test_an_attempt_that_has_just_ended_gets_no_byte_more(
+    door: Door, lease: Lease, how: str
+) -> None:
+    # So lately that its next call goes to the engine while the queue is asked.
+    assert door.send(lease.capability).read() == REPLY
+    outcome = AttemptOutcome(AttemptStatus.SUCCEEDED)
+    assert ray.get(door.queue.actor.finish.remote(lease.attempt_id, outcome), timeout=10)
+    begin = time.monotonic()
+    reply = door.send(lease.capability, how=how)
+    assert refusal(reply) == (401, "this base URL belongs to no running attempt")
+    assert time.monotonic() - begin < CALL_TIMEOUT_S - 1
+    if how and len(door.stub.requests) > 1:
+        # The engine was asked, and works for nobody now.
+        assert door.stub.gone.wait(10)
+    # Neither is it asked again, nor does a wrong call learn more than that.
+    seen = len(door.stub.requests)
+    assert refusal(door.send(lease.capability, body={"model": "gpt-5"}))[0] == 401
+    assert refusal(door.send(lease.capability))[0] == 401
+    assert len(door.stub.requests) == seen
+
+
+def test_a_cookie_of_one_reply_is_sent_with_no_other_call(door: Door, lease: Lease) -> None:
+    reply = door.send(lease.capability, how="cookie")
+    assert reply.getheader("set-cookie") == "session=1"
+    door.send(lease.capability).read()
+    assert "cookie" not in door.stub.requests[-1][2]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
