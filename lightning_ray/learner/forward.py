@@ -40,6 +40,7 @@ class PolicyModule(nn.Module):
         subtree_end: Tensor,
         logit_predictor: Tensor,
         logit_target: Tensor,
+        with_entropy: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Logprobs of the targets, and the entropy of the distributions they come from.
 
@@ -49,10 +50,11 @@ class PolicyModule(nn.Module):
             subtree_end: int64[T]
             logit_predictor: int64[M], nodes whose hidden state predicts.
             logit_target: int64[M], the token predicted.
+            with_entropy: whether the entropies have a gradient.
 
         Returns:
             float32[M] natural logarithms at temperature 1, with gradient, and float32[M] entropies
-            in nats, without.
+            in nats.
         """
         base = getattr(self.model, self.model.base_model_prefix)
         head = self.model.get_output_embeddings()
@@ -72,4 +74,5 @@ class PolicyModule(nn.Module):
             head.bias,
             logit_target,
             self.logits_chunk,
+            with_entropy,
         )

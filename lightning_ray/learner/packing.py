@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lightning_ray.algorithms.base import token_weights
+from lightning_ray.algorithms.config import LossConfig
+from lightning_ray.algorithms.weights import token_weights
 from lightning_ray.trajectories.batch import list_arrays
 
 IntArray = npt.NDArray[np.int64]
@@ -45,6 +46,9 @@ class Row:
     """int64[N]: which of the M logprobs a trainable token has."""
     token: IntArray
     """int64[N]: which of the batch's trainable tokens it is, counted over rows of the table."""
+    sequence: IntArray
+    """int64[N]: which of the row's sequences it belongs to, from 0, never falling. A sequence is
+    whole in its row, its tokens in order."""
     old_logprobs: FloatArray
     """float32[N]: as recorded where the token was sampled."""
     advantages: FloatArray
@@ -131,19 +135,20 @@ class _RowBuilder:
             logit_target=distinct[1],
             entry=entry.reshape(-1).astype(np.int64),
             token=token,
+            sequence=np.repeat(np.arange(len(self._tokens)), [len(one) for one in self._tokens]),
             old_logprobs=old_logprobs[token],
             advantages=advantages[token],
             weights=weights[token],
         )
 
 
-def pack(batch: pa.Table, tokens_per_row: int, aggregation: str = "token_mean") -> PackedBatch:
+def pack(batch: pa.Table, tokens_per_row: int, loss: LossConfig | None = None) -> PackedBatch:
     """Pack a batch into rows.
 
     Args:
         batch: rows of `SEQUENCE_SCHEMA`.
         tokens_per_row: the most nodes in a row, unless a single sequence has more.
-        aggregation: what the weights make of the batch; see `algorithms.LossConfig`.
+        loss: says what the weights make of the batch; None for a mean over tokens.
 
     Raises:
         ValueError: list columns of a row differ in length.
@@ -157,7 +162,13 @@ def pack(batch: pa.Table, tokens_per_row: int, aggregation: str = "token_mean") 
     row_of = np.searchsorted(offsets, places, side="right") - 1
     learnable = places > offsets[row_of]
     weights = np.zeros(len(places), np.float32)
-    weights[learnable] = token_weights(_attempt_index(batch)[row_of[learnable]], aggregation)
+    loss = LossConfig() if loss is None else loss
+    weights[learnable] = token_weights(
+        _numbered(batch, "attempt_id")[row_of[learnable]],
+        loss.aggregation,
+        _numbered(batch, "group_id")[row_of[learnable]],
+        loss.fixed_length,
+    )
     rows = [
         builder.build(columns["logprobs"][1][places], columns["advantages"][1][places], weights)
         for builder in _fill(
@@ -195,15 +206,16 @@ def empty_row() -> Row:
         logit_target=np.zeros(1, np.int64),
         entry=nothing,
         token=nothing,
+        sequence=nothing,
         old_logprobs=numbers,
         advantages=numbers,
         weights=numbers,
     )
 
 
-def _attempt_index(batch: pa.Table) -> IntArray:
-    """For each row of the table a number that stands for its attempt."""
-    encoded = batch["attempt_id"].combine_chunks().dictionary_encode()
+def _numbered(batch: pa.Table, name: str) -> IntArray:
+    """For each row of the table a number that stands for its text in a column."""
+    encoded = batch[name].combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)

@@ -31,6 +31,10 @@ class StepReport:
     """Mean of its absolute value: how well learner and engine agree."""
     clip_fraction: float
     """Share of the tokens whose gradient the clip removed."""
+    masked_fraction: float
+    """Share of the tokens that the off-policy correction left out."""
+    divergence: float
+    """Mean divergence from the reference, k3, in nats; 0 where there is no reference."""
     entropy: float
     """Mean entropy of the policy where it sampled, in nats."""
     ratio_mean: float

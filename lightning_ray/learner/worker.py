@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lightning_ray.algorithms.base import LossConfig, TokenLoss
+from lightning_ray.algorithms.base import TokenLoss
+from lightning_ray.algorithms.config import LossConfig
 from lightning_ray.cluster.processor import multiplies_bfloat16
 from lightning_ray.errors import UserError
 from lightning_ray.learner.checkpoint import STATE_FILE
@@ -57,6 +58,7 @@ class LearnerWorker:
         self.model_dir = Path(model_dir)
         self.rank = rank
         self._steps = 0
+        self._reference: Any = None
 
     def address(self) -> tuple[str, int, str]:
         """What `setup` needs if this is rank 0: its host, a free port there, bf16 or fp32."""
@@ -118,7 +120,7 @@ class LearnerWorker:
         `own` is the algorithm's own loss, in place of the one that `loss` names.
         """
         start = time.perf_counter()
-        packed = pack(batch, self.config.tokens_per_row, loss.aggregation)
+        packed = pack(batch, self.config.tokens_per_row, loss)
         self._steps += 1
         totals = self._accumulate(packed, loss, own)
         if packed.rows:
@@ -140,6 +142,8 @@ class LearnerWorker:
             logprob_difference=totals["difference_sum"] / tokens,
             logprob_abs_difference=totals["abs_difference_sum"] / tokens,
             clip_fraction=totals["clipped"] / tokens,
+            masked_fraction=totals["masked"] / tokens,
+            divergence=totals["divergence_sum"] / tokens,
             entropy=totals["entropy_sum"] / tokens,
             ratio_mean=totals["ratio_sum"] / tokens,
             ratio_max=totals["ratio_max"],
@@ -278,8 +282,8 @@ class LearnerWorker:
         state: dict[str, Any] = saved["state"]
         return state
 
-    def _load_module(self) -> Any:
-        """The model of `model_dir`, ready to be trained."""
+    def _load_module(self, frozen: bool = False) -> Any:
+        """The model of `model_dir`, ready to be trained, or to be asked alone."""
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -292,6 +296,8 @@ class LearnerWorker:
             self.model_dir, dtype=self._dtype, attn_implementation="sdpa", local_files_only=True
         )
         model.config.use_cache = True  # what is published is for generating
+        if frozen:
+            return PolicyModule(model.eval().requires_grad_(False), self.config.logits_chunk)
         if self.config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return PolicyModule(model, self.config.logits_chunk)
@@ -301,16 +307,30 @@ class LearnerWorker:
 
         return torch.as_tensor(array, device=self.engine.device)
 
-    def _forward(self, row: Row) -> tuple["Tensor", "Tensor"]:
-        """Logprobs and entropies, float32[M]."""
-        logprobs, entropy = self.engine(
+    def _forward(
+        self, row: Row, with_entropy: bool = False, module: Any = None
+    ) -> tuple["Tensor", "Tensor"]:
+        """Logprobs and entropies, float32[M], of the policy or another module."""
+        logprobs, entropy = (self.engine if module is None else module)(
             self._to_device(row.input_ids),
             self._to_device(row.position_ids),
             self._to_device(row.subtree_end),
             self._to_device(row.logit_predictor),
             self._to_device(row.logit_target),
+            with_entropy,
         )
         return logprobs, entropy
+
+    def _reference_logprobs(self, row: Row) -> "Tensor":
+        """Logprobs under the weights that the run began with, float32[M]."""
+        import torch
+
+        if self._reference is None:
+            # As the policy was loaded: after a resume it is no longer what `model_dir` holds.
+            self._reference = self._load_module(frozen=True).to(self.engine.device)
+        with torch.no_grad():
+            logprobs, _ = self._forward(row, module=self._reference)
+        return logprobs
 
     def _accumulate(
         self, packed: PackedBatch, loss_config: LossConfig, own: TokenLoss | None
@@ -318,23 +338,30 @@ class LearnerWorker:
         """Add up the gradients of this rank's rows; returns sums and maxima over all ranks."""
         import torch
 
-        from lightning_ray.algorithms.losses import choose_loss
+        from lightning_ray.algorithms.losses import Part, choose_loss
 
         part_loss = choose_loss(loss_config, own, _total_weight(packed))
+        with_entropy = own is None and loss_config.entropy_coefficient > 0
+        referred = own is None and loss_config.kl.coefficient > 0
         totals: dict[str, Tensor] = {}
         for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
-            logprobs, entropy = self._forward(row)
+            reference = self._reference_logprobs(row) if referred else None
+            logprobs, entropy = self._forward(row, with_entropy)
             entry = self._to_device(row.entry)
-            loss, metrics = part_loss(
-                logprobs[entry],
-                self._to_device(row.old_logprobs),
-                self._to_device(row.advantages),
-                self._to_device(row.weights),
+            part = Part(
+                logprobs=logprobs[entry],
+                old_logprobs=self._to_device(row.old_logprobs),
+                advantages=self._to_device(row.advantages),
+                weights=self._to_device(row.weights),
+                sequence=self._to_device(row.sequence),
+                reference=None if reference is None else reference[entry],
+                entropy=entropy[entry] if with_entropy else None,
             )
+            loss, metrics = part_loss(part)
             metrics |= {
                 "loss": loss.detach(),
                 "tokens": torch.tensor(float(len(entry)), device=self.engine.device),
-                "entropy_sum": entropy[entry].sum(),
+                "entropy_sum": entropy.detach()[entry].sum(),
             }
             for name, value in metrics.items():
                 before = totals.get(name, torch.zeros_like(value))
@@ -353,8 +380,8 @@ class LearnerWorker:
         """Combine the metrics of all ranks: sums, but for the maximum."""
         import torch
 
-        names = ["loss", "tokens", "entropy_sum", "clipped", "ratio_sum"]
-        names += ["difference_sum", "abs_difference_sum"]
+        names = ["loss", "tokens", "entropy_sum", "clipped", "masked", "ratio_sum"]
+        names += ["divergence_sum", "difference_sum", "abs_difference_sum"]
         zero = torch.zeros((), device=self.engine.device)
         sums = torch.stack([totals.get(name, zero) for name in names]).double()
         largest = totals.get("ratio_max", zero).double()

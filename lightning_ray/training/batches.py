@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.algorithms import Algorithm, Group, score
+from lightning_ray.algorithms import Algorithm, AlgorithmConfig, Group, finish, overlong, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
 from lightning_ray.trajectories import (
     AttemptFacts,
@@ -43,9 +43,11 @@ class Batch:
     used_groups: int
     flat_groups: int
     """Groups whose credit is zero throughout: nothing to learn."""
+    small_groups: int
+    """Groups of which fewer attempts came to a reward than `algorithm.min_group`."""
     left_out: int
     """Rollouts that came to no reward, whose tokens are not exact, or that a check dropped; those
-    of flat groups are not among them."""
+    of flat and small groups are not among them."""
     advantages: dict[str, float]
     """Credit per attempt of the used groups."""
     hygiene: HygieneReport
@@ -59,7 +61,7 @@ def make_batch(
     policy: str,
     hygiene: HygieneConfig | None = None,
     heldout: Mapping[str, str] | None = None,
-    name: str = "grpo",
+    settings: AlgorithmConfig | None = None,
 ) -> tuple[pa.Table, Batch]:
     """Builds sequences, groups them by task, and gives them the algorithm's credit.
 
@@ -67,10 +69,10 @@ def make_batch(
 
     `records` are the step's rollouts, ended; `spans` holds the spans of their attempts. Only the
     latest attempt of a rollout that succeeded is used: a crash or a timeout is no reward of zero.
-    `name` is what the configuration calls the algorithm. `hygiene` says what is done about defects
-    (None: the defaults), `heldout` are the `task_keys` of the held-out tasks. A check that says to
-    stop does not raise here: the batch's report says so. Raises UserError when the algorithm cannot
-    score a group.
+    `settings` are those that `algorithm` was made with (None: the defaults). `hygiene` says what is
+    done about defects (None: the defaults), `heldout` are the `task_keys` of the held-out tasks. A
+    check that says to stop does not raise here: the batch's report says so. Raises UserError when
+    the algorithm cannot score a group.
     """
     checks = HygieneConfig() if hygiene is None else hygiene
     spans, repeated = distinct_spans(spans, checks)
@@ -101,11 +103,18 @@ def make_batch(
     members: dict[str, list[RolloutRecord]] = {}
     for record in usable:
         members.setdefault(record.spec.group_id, []).append(record)
-    credit: dict[str, float] = {}
-    used = flat = 0
+    settings = AlgorithmConfig() if settings is None else settings
+    flat = small = 0
+    scored: list[tuple[Group, list[RolloutRecord]]] = []
     for group_id, group_records in members.items():
+        if len(group_records) < settings.min_group:
+            small += 1
+            continue
         # What is left of a group is constant as a whole or not at all.
-        if group_records[0].attempt_id in found.dropped:
+        dropped = found.dropped.get(group_records[0].attempt_id)
+        if dropped is not None and not (
+            dropped is Check.CONSTANT_GROUPS and not getattr(algorithm, "needs_contrast", True)
+        ):
             flat += 1
             continue
         group = Group(
@@ -113,7 +122,14 @@ def make_batch(
             np.array([_rewards(record)["reward"] for record in group_records]),
             np.array([lengths[record.attempt_id] for record in group_records]),
         )
-        advantages = score(algorithm, name, group)
+        scored.append((overlong(group, settings.overlong), group_records))
+    groups_scored = [group for group, _ in scored]
+    credits = [score(algorithm, settings.name, group) for group in groups_scored]
+    credit: dict[str, float] = {}
+    used = 0
+    for (_, group_records), advantages in zip(
+        scored, finish(algorithm, settings.name, groups_scored, credits), strict=True
+    ):
         if not advantages.any():
             flat += 1
             continue
@@ -129,6 +145,7 @@ def make_batch(
         rewards=mean_rewards(graded),
         used_groups=used,
         flat_groups=flat,
+        small_groups=small,
         left_out=len(records) - len(usable),
         advantages=credit,
         hygiene=found,

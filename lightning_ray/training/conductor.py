@@ -200,6 +200,7 @@ class Conductor:
             "staleness": float(trained_from - oldest),
             "groups_used": float(batch.used_groups),
             "groups_flat": float(batch.flat_groups),
+            "groups_small": float(batch.small_groups),
             "left_out": float(batch.left_out),
             "sampled_tokens": float(batch.report.trainable_tokens),
             "tokens_per_second": batch.report.trainable_tokens / max(rolling.seconds, 1e-9),
@@ -233,7 +234,7 @@ class Conductor:
             self._config.policy.name,
             self._config.hygiene,
             self._heldout_keys or None,
-            self._config.algorithm.name,
+            self._config.algorithm,
         )
         try:
             return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)
@@ -319,6 +320,8 @@ class Conductor:
             "grad_norm": report.grad_norm,
             "entropy": report.entropy,
             "clip_fraction": report.clip_fraction,
+            "masked_fraction": report.masked_fraction,
+            "divergence": report.divergence,
             "logprob_abs_difference": report.logprob_abs_difference,
             "ratio_mean": report.ratio_mean,
             "tokens_batch": float(report.total_tokens),

@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from lightning_ray.algorithms import LossConfig
-from lightning_ray.algorithms.base import check_loss
+from lightning_ray.algorithms import LossConfig, check_loss
 from lightning_ray.errors import UserError
 from lightning_ray.training.config import TrainConfig, check_train
 

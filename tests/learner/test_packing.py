@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_support import to_table, token_trees
 
-from lightning_ray.algorithms import token_weights
+from lightning_ray.algorithms import LossConfig, token_weights
 from lightning_ray.learner.packing import Row, empty_row, pack, share_of_rank
 
 
@@ -40,7 +40,7 @@ def test_every_distinct_prefix_is_a_node_once_and_ancestors_are_prefixes(batch, 
 def test_every_trainable_token_is_learnt_once_from_what_came_before_it(
     batch, tokens_per_row, aggregation
 ):
-    packed = pack(batch, tokens_per_row, aggregation)
+    packed = pack(batch, tokens_per_row, LossConfig(aggregation=aggregation))
     expected = {}
     number = unlearnable = 0
     attempts = []
@@ -63,9 +63,16 @@ def test_every_trainable_token_is_learnt_once_from_what_came_before_it(
         pairs = list(zip(row.logit_predictor.tolist(), row.logit_target.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)
         assert set(row.entry.tolist()) == set(range(len(pairs)))
+        assert (np.diff(row.sequence) >= 0).all() and (np.diff(row.sequence) <= 1).all()
+        assert row.sequence[0] == 0
         for n, token in enumerate(row.token.tolist()):
             predictor, target = pairs[row.entry[n]]
             assert token not in found
+            if n and row.sequence[n] == row.sequence[n - 1]:
+                # In the order of their positions, each behind the one before.
+                before = prefixes[pairs[row.entry[n - 1]][0]]
+                assert len(before) < len(prefixes[predictor])
+                assert prefixes[predictor][: len(before)] == before
             found[token] = (
                 prefixes[predictor],
                 target,

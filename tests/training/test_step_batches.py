@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from lightning_ray.algorithms import AlgorithmConfig, LossConfig, make_algorithm
+from lightning_ray.algorithms.config import OverlongConfig
 from lightning_ray.errors import UserError
 from lightning_ray.rollouts import (
     AttemptOutcome,
@@ -20,7 +21,7 @@ from lightning_ray.training.batches import Batch, make_batch, mean_rewards
 from lightning_ray.trajectories import Check, HygieneConfig, HygienePolicy, task_keys
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA
 
-ALGORITHM = make_algorithm(AlgorithmConfig(normalize_by_std=False))
+ALGORITHM = make_algorithm(AlgorithmConfig(normalize="none"))
 
 
 def record(
@@ -177,7 +178,7 @@ def test_credit_that_cannot_be_used_stops_the_step(credit: Any, says: str) -> No
     rows = calls("a/1", [1]) + calls("b/1", [2]) + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)])
     with pytest.raises(UserError, match=rf"algorithm.name=own:Own: score_group .*{says}"):
-        make_batch(records, spans, Own(), "policy", name="own:Own")
+        make_batch(records, spans, Own(), "policy", settings=AlgorithmConfig(name="own:Own"))
 
 
 def test_an_algorithm_may_learn_from_a_group_whose_attempts_are_all_good() -> None:
@@ -191,7 +192,9 @@ def test_an_algorithm_may_learn_from_a_group_whose_attempts_are_all_good() -> No
     rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("c/1", [3]) + ends(records)
     spans = pa.Table.from_batches([to_batch(rows)])
     kept = HygieneConfig(constant_groups=HygienePolicy.off)
-    _, batch = make_batch(records, spans, Imitate(), "policy", kept, name="own:Imitate")
+    _, batch = make_batch(
+        records, spans, Imitate(), "policy", kept, settings=AlgorithmConfig(name="own:Imitate")
+    )
     assert batch.advantages == {"a/1": 1.0, "b/1": 1.0}
     assert (batch.used_groups, batch.flat_groups) == (1, 1)
 
@@ -315,6 +318,45 @@ def test_constant_groups_may_be_kept() -> None:
     assert (batch.used_groups, batch.flat_groups, batch.rows) == (0, 1, 0)
     assert batch.hygiene.dropped == {}
     assert batch.hygiene.counts[Check.CONSTANT_BATCHES] == 1
+
+
+def test_a_small_group_is_left_out_and_counted() -> None:
+    records = [record("a", "g", 1.0), record("b", "g", 0.0), record("c", "h", 1.0)]
+    records += [record("d", "h", None), record("e", "i", 1.0), record("f", "i", 0.0)]
+    records += [record("h", "i", 0.5)]
+    rows = [row for n, name in enumerate("abcdefh") for row in calls(f"{name}/1", [n])] + ends(
+        records
+    )
+    spans = pa.Table.from_batches([to_batch(rows)])
+    for fewest, used, small in ((1, 2, 0), (2, 2, 1), (3, 1, 2)):
+        settings = AlgorithmConfig(min_group=fewest)
+        _, batch = make_batch(records, spans, ALGORITHM, "policy", settings=settings)
+        assert (batch.used_groups, batch.small_groups) == (used, small)
+        assert batch.flat_groups == 3 - used - small and batch.left_out == 1
+
+
+def test_a_batch_as_the_baseline_needs_no_contrast_within_a_group() -> None:
+    settings = AlgorithmConfig(name="reinforce_pp", normalize="batch")
+    algorithm = make_algorithm(settings)
+    records = [record("a", "g", 1.0), record("b", "g", 1.0), record("c", "h", 0.0)]
+    rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("c/1", [3]) + ends(records)
+    spans = pa.Table.from_batches([to_batch(rows)])
+    _, batch = make_batch(records, spans, algorithm, "policy", settings=settings)
+    assert (batch.used_groups, batch.flat_groups) == (2, 0)
+    assert batch.advantages["a/1"] == batch.advantages["b/1"] > 0 > batch.advantages["c/1"]
+    # What is equal throughout the step teaches nothing here either.
+    _, batch = make_batch(records[:2], spans, algorithm, "policy", settings=settings)
+    assert batch.rows == 0
+
+
+def test_answers_that_are_too_long_lose_credit() -> None:
+    settings = AlgorithmConfig(overlong=OverlongConfig(max_tokens=3, buffer=2))
+    records = [record(name, "g", reward) for name, reward in (("a", 1.0), ("b", 1.0), ("c", 0.0))]
+    rows = calls("a/1", [1]) + calls("b/1", [2, 2, 2]) + calls("c/1", [3]) + ends(records)
+    spans = pa.Table.from_batches([to_batch(rows)])
+    _, batch = make_batch(records, spans, ALGORITHM, "policy", settings=settings)
+    assert batch.advantages["a/1"] > batch.advantages["b/1"] == batch.advantages["c/1"]
+    assert batch.rewards["reward"] == pytest.approx(2 / 3)
 
 
 def test_a_repeated_span_is_learnt_from_once() -> None:
