@@ -71,6 +71,11 @@ class PackedBatch:
     distinct_tokens: int
     """Sum of the sizes of the rows: what is computed."""
 
+    def total_weight(self) -> float:
+        """Sum of weights times advantages over the batch; every rank has packed all of it."""
+        with np.errstate(all="ignore"):  # what is not finite is found in the loss
+            return sum(float(np.dot(row.weights, row.advantages)) for row in self.rows)
+
 
 @dataclass(frozen=True, eq=False)
 class _Sequence:

@@ -326,7 +326,6 @@ class LearnerWorker:
         import torch
 
         if self._reference is None:
-            # As the policy was loaded: after a resume it is no longer what `model_dir` holds.
             self._reference = self._load_module(frozen=True).to(self.engine.device)
         with torch.no_grad():
             logprobs, _ = self._forward(row, module=self._reference)
@@ -339,11 +338,12 @@ class LearnerWorker:
         import torch
 
         from lightning_ray.algorithms.losses import Part, choose_loss
+        from lightning_ray.learner.totals import Totals
 
-        part_loss = choose_loss(loss_config, own, _total_weight(packed))
+        part_loss = choose_loss(loss_config, own, packed.total_weight())
         with_entropy = own is None and loss_config.entropy_coefficient > 0
         referred = own is None and loss_config.kl.coefficient > 0
-        totals: dict[str, Tensor] = {}
+        totals = Totals(self.engine.device)
         for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
             reference = self._reference_logprobs(row) if referred else None
             logprobs, entropy = self._forward(row, with_entropy)
@@ -363,31 +363,14 @@ class LearnerWorker:
                 "tokens": torch.tensor(float(len(entry)), device=self.engine.device),
                 "entropy_sum": entropy.detach()[entry].sum(),
             }
-            for name, value in metrics.items():
-                before = totals.get(name, torch.zeros_like(value))
-                totals[name] = (
-                    torch.maximum(before, value) if name == "ratio_max" else before + value
-                )
+            totals.add(metrics)
             if not torch.isfinite(loss):
                 # A gradient may be finite where its loss is not. Poison it, so that DeepSpeed's own
                 # check sees it on every rank, clears up, and leaves the weights alone.
                 loss = logprobs.sum() * math.nan
             # DeepSpeed averages over ranks; the loss is a sum.
             self.engine.backward(loss * self.config.num_ranks)
-        return self._reduce(totals)
-
-    def _reduce(self, totals: dict[str, "Tensor"]) -> dict[str, float]:
-        """Combine the metrics of all ranks: sums, but for the maximum."""
-        import torch
-
-        names = ["loss", "tokens", "entropy_sum", "clipped", "masked", "ratio_sum"]
-        names += ["divergence_sum", "difference_sum", "abs_difference_sum"]
-        zero = torch.zeros((), device=self.engine.device)
-        sums = torch.stack([totals.get(name, zero) for name in names]).double()
-        largest = totals.get("ratio_max", zero).double()
-        torch.distributed.all_reduce(sums)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return dict(zip(names, sums.tolist(), strict=True)) | {"ratio_max": largest.item()}
+        return totals.of_all_ranks()
 
     def _skipped(self, packed: PackedBatch, loss: float) -> str | None:
         if not packed.rows:
@@ -402,12 +385,6 @@ class LearnerWorker:
         """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
-
-
-def _total_weight(packed: PackedBatch) -> float:
-    """Sum of weights times advantages over the batch; every rank has packed all of it."""
-    with np.errstate(all="ignore"):  # what is not finite is found in the loss
-        return sum(float(np.dot(row.weights, row.advantages)) for row in packed.rows)
 
 
 def _trainable_values(batch: pa.Table, name: str) -> npt.NDArray[Any]:

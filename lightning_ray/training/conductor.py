@@ -27,6 +27,7 @@ from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
 from lightning_ray.training.config import TrainConfig
+from lightning_ray.training.dynamic import fill_up
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.hygiene_log import HygieneLog, totals
 from lightning_ray.training.names import MEASURING, REHEARSAL
@@ -170,9 +171,8 @@ class Conductor:
     def _step(self) -> dict[str, float]:
         config = self._config
         step = self.state.step + 1
-        tasks = self._order.take(self.state.position, config.training.tasks_per_step)
         with self._progress.phase("rollouts") as rolling:
-            records = self._rollouts(f"s{step:05d}", tasks, config.algorithm.group_size)
+            tasks, records = self._sample(step)
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
@@ -205,6 +205,7 @@ class Conductor:
             "sampled_tokens": float(batch.report.trainable_tokens),
             "tokens_per_second": batch.report.trainable_tokens / max(rolling.seconds, 1e-9),
             "attempts": float(sum(len(record.attempts) for record in records)),
+            "tasks": float(len(tasks)),
             "seconds_rollouts": rolling.seconds,
             "seconds_batch": batching.seconds,
             "seconds_learn": learning.seconds,
@@ -212,11 +213,30 @@ class Conductor:
         }
         return metrics
 
+    def _sample(self, step: int) -> tuple[list[Task], list[RolloutRecord]]:
+        """A step's tasks and their rollouts; with dynamic sampling, until enough have contrast."""
+        config = self._config
+        prefix, size = f"s{step:05d}", config.algorithm.group_size
+        return fill_up(
+            lambda tasks, first: self._rollouts(prefix, tasks, size, first=first),
+            lambda begin, count: self._order.take(self.state.position + begin, count),
+            config.training.tasks_per_step,
+            config.algorithm.extra_rounds,
+        )
+
     def _rollouts(
-        self, prefix: str, tasks: Sequence[Task], samples: int, *, heldout: bool = False
+        self,
+        prefix: str,
+        tasks: Sequence[Task],
+        samples: int,
+        *,
+        heldout: bool = False,
+        first: int = 0,
     ) -> list[RolloutRecord]:
         """Runs `samples` rollouts of each task; returns their records in order, all ended."""
-        specs = rollout_specs(prefix, self._session, tasks, samples, self._config, heldout=heldout)
+        specs = rollout_specs(
+            prefix, self._session, tasks, samples, self._config, heldout=heldout, first=first
+        )
         limit = self._config.rollouts.batch_timeout_s
         return run_rollouts(self._parts.queue, specs, limit, self._progress)
 
