@@ -1,5 +1,6 @@
 # make train   sets up and trains the default experiment: an agent that never heard of us
-# make test    sets up and runs the tests; make test-all also those that take minutes each
+# make test    sets up and runs the tests; make test-all also those that take minutes each, and more
+#              examples of every property
 # make test-frameworks   makes the environment of every example agent, then runs them all
 # make bench-spans   measures the span store beside agentlightning 0.3.0, see docs/benchmarks.md
 # make bench-gateway   measures the gateway beside agentlightning 1.0's, and with nothing in between
@@ -22,7 +23,7 @@ test: setup
 	@$(VENV)/bin/python -m pytest -m "not slow and not frameworks" $(ARGS)
 
 test-all: setup
-	@$(VENV)/bin/python -m pytest -m "not frameworks" $(ARGS)
+	@HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest -m "not frameworks" $(ARGS)
 
 test-frameworks: setup
 	@$(VENV)/bin/python examples/frameworks/environments.py

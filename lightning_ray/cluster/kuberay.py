@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_ray.cluster.config import ClusterConfig, GroupConfig
+from lightning_ray.cluster.plain_yaml import PlainDumper
 from lightning_ray.cluster.submission import make_submission, runtime_env, stop_limit
 from lightning_ray.errors import UserError
 
@@ -48,7 +49,7 @@ def render_ray_job(config: ClusterConfig, words: Sequence[str]) -> str:
             # The operator posts the command as it is; with K8sJobMode a second shell would read it.
             "submissionMode": "HTTPMode",
             "entrypoint": submission.entrypoint,
-            "runtimeEnvYAML": yaml.safe_dump(env, sort_keys=False),
+            "runtimeEnvYAML": yaml.dump(env, Dumper=PlainDumper, sort_keys=False),
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": KEEP_CLUSTER_S,
             "rayClusterSpec": ray_cluster(config),
@@ -125,7 +126,7 @@ def _labels(component: str) -> dict[str, str]:
     }
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(PlainDumper):
     """Writes text of several lines as such, and repeats what is the same in place of `&id001`."""
 
     def ignore_aliases(self, data: Any) -> bool:

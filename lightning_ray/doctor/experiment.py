@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_ray.agents import AgentConfig
+from lightning_ray.cluster.plain_yaml import PlainDumper
 
 GRADER = "my_grader.py:grade"
 TASKS = "my_tasks.jsonl"
@@ -30,13 +31,14 @@ def experiment_yaml(
         if field.name not in _ALWAYS and value != getattr(default, field.name):
             described[field.name] = str(value) if isinstance(value, StrEnum) else value
     described["grader"] = grader or GRADER
-    text = yaml.safe_dump(
+    text = yaml.dump(
         {
             "name": agent.name,
             "agent": _literal(described),
             "gateway": {"models": _literal(list(models))},
             "training": {"tasks": _literal(tasks or TASKS)},
         },
+        Dumper=PlainDumper,
         sort_keys=False,
         default_flow_style=None,
         width=88,

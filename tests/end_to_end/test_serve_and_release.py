@@ -28,6 +28,8 @@ from lightning_ray.tracking.store import default_uri
 
 pytestmark = pytest.mark.timeout(600)
 
+PAUSE_S = 1.0
+"""How long somebody reads an answer."""
 KEY = "a-key-of-the-web-front"
 OTHER = "a-key-of-somebody-else"
 SERVING = re.compile(r"serving at (\S+)")
@@ -181,6 +183,7 @@ def test_conversations_stay_on_their_version_through_promotion_and_rollback(serv
                 {"role": "assistant", "content": text},
                 {"role": "user", "content": "Go on."},
             ]
+            stop.wait(PAUSE_S)
         return mine
 
     def new_conversation(begun: float, number: int) -> tuple[float, str]:

@@ -56,7 +56,7 @@ class Door:
 
 @pytest.fixture(scope="module")
 def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    config = GatewayConfig(call_timeout_s=20.0, max_calls_per_attempt=3, max_calls=250)
+    config = GatewayConfig(call_timeout_s=8.0, max_calls_per_attempt=3, max_calls=250)
     with stub_engine() as one, stub_engine() as two:
         answerer = Answerer("policy", (one.url, two.url, NOBODY), "key")
         with open_door(tmp_path_factory.mktemp("door"), config, [answerer]) as door:
@@ -112,7 +112,7 @@ def test_an_attempt_has_only_so_many_calls_at_a_time(door: Door) -> None:
     before = door.asked()
     for thread in held:
         thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 6
     while door.asked() - before < 3:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -36,7 +36,7 @@ def spec(rollout_id: str) -> RolloutSpec:
 
 
 @pytest.mark.parametrize(
-    ("kills_at_most", "rollouts"), [(10, 100), pytest.param(15, 300, marks=pytest.mark.slow)]
+    ("kills_at_most", "rollouts"), [(6, 60), pytest.param(15, 300, marks=pytest.mark.slow)]
 )
 def test_a_queue_that_is_killed_again_and_again_loses_and_repeats_nothing(
     ray_cluster: None, tmp_path: Path, kills_at_most: int, rollouts: int
