@@ -26,7 +26,8 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # A step has as many rows as the batch fills: `backward` only accumulates, `step` reduces.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm,
+        # Without ZeRO the optimiser clips by itself (`optimizer`).
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
         # Sums over many rows and ranks lose small gradients in bfloat16.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -36,6 +37,8 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
             "overlap_comm": False,
             "reduce_bucket_size": 2**25,
             "allgather_bucket_size": 2**27,
+            # Of stage 3: weights smaller than this stay whole on every rank.
+            "stage3_param_persistence_threshold": 0,
         },
         "steps_per_print": 10**9,
     }

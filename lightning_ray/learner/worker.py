@@ -32,9 +32,10 @@ from lightning_ray.errors import UserError
 from lightning_ray.learner.checkpoint import STATE_FILE
 from lightning_ray.learner.config import LearnerConfig
 from lightning_ray.learner.deepspeed_settings import deepspeed_config, set_environment
-from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
+from lightning_ray.learner.folders import commit_folder, partial_folder
 from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
 from lightning_ray.learner.report import StepReport
+from lightning_ray.learner.schedule import learning_rate
 from lightning_ray.trajectories.batch import list_arrays
 
 if TYPE_CHECKING:
@@ -75,8 +76,17 @@ class LearnerWorker:
         return "bf16" if self.config.num_gpus > 0 or multiplies_bfloat16() else "fp32"
 
     def setup(self, host: str, port: int, dtype: str) -> None:
-        """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`."""
+        """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`.
+
+        Raises:
+            UserError: DeepSpeed cannot compute so.
+        """
         self.config = replace(self.config, dtype=dtype)
+        if dtype == "bf16" and self.config.zero_stage == 0:
+            raise UserError(
+                "learner.zero_stage=0 with bfloat16: DeepSpeed keeps float32 weights beside "
+                "bfloat16 ones from stage 1 on; set learner.zero_stage=1 or learner.dtype=fp32"
+            )
         set_environment(self.rank, self.config.num_ranks, host, port)
         import torch
 
@@ -100,15 +110,13 @@ class LearnerWorker:
         random.seed(self.config.seed)
         np.random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
-        module = self._load_module()
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
-            lr=self.config.learning_rate,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.adam_epsilon,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        from lightning_ray.learner.loading import load_policy
+
+        self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        module = load_policy(self.model_dir, self.config, self._dtype)
+        from lightning_ray.learner.optimizer import make_optimizer
+
+        optimizer = make_optimizer(self.config, module)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(self.config)
         )
@@ -124,6 +132,7 @@ class LearnerWorker:
         self._steps += 1
         totals = self._accumulate(packed, loss, own)
         if packed.rows:
+            self._set_rate(learning_rate(self.config, self._steps))
             self.engine.step()
         versions = _trainable_values(batch, "versions")
         tokens = max(1.0, totals["tokens"])
@@ -193,16 +202,14 @@ class LearnerWorker:
         # Before anything is written, and on every rank, so that all of them raise or none.
         if Path(path).exists():
             raise FileExistsError(f"{path} exists and is never overwritten")
-        torch.distributed.barrier()
+        from lightning_ray.learner.publishing import whole_weights, write_model
+
+        model = self.engine.module.model
+        weights = whole_weights(model, self._dtype, self.rank == 0)
         if self.rank == 0:
             target = Path(path)
             partial = partial_folder(target)
-            weights = {
-                name: value.detach().to("cpu", self._dtype)
-                for name, value in self.engine.module.model.state_dict().items()
-            }
-            self.engine.module.model.save_pretrained(partial, state_dict=weights)
-            copy_companions(self.model_dir, partial, str(self._dtype).removeprefix("torch."))
+            write_model(partial, model, weights, self.model_dir, self.config.lora)
             commit_folder(partial, target)
         torch.distributed.barrier()
 
@@ -277,30 +284,13 @@ class LearnerWorker:
         self._steps = saved["learner"]["steps"]
         # What the optimiser had is right for the weights; what the user has now set counts.
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate
             group["weight_decay"] = self.config.weight_decay
         state: dict[str, Any] = saved["state"]
         return state
 
-    def _load_module(self, frozen: bool = False) -> Any:
-        """The model of `model_dir`, ready to be trained, or to be asked alone."""
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        from lightning_ray.learner.forward import PolicyModule
-
-        disable_progress_bar()
-        self._dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(
-            self.model_dir, dtype=self._dtype, attn_implementation="sdpa", local_files_only=True
-        )
-        model.config.use_cache = True  # what is published is for generating
-        if frozen:
-            return PolicyModule(model.eval().requires_grad_(False), self.config.logits_chunk)
-        if self.config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return PolicyModule(model, self.config.logits_chunk)
+    def _set_rate(self, rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
 
     def _to_device(self, array: npt.NDArray[Any]) -> "Tensor":
         import torch
@@ -326,7 +316,10 @@ class LearnerWorker:
         import torch
 
         if self._reference is None:
-            self._reference = self._load_module(frozen=True).to(self.engine.device)
+            from lightning_ray.learner.loading import load_reference
+
+            reference = load_reference(self.model_dir, self.config, self._dtype)
+            self._reference = reference.to(self.engine.device)
         with torch.no_grad():
             logprobs, _ = self._forward(row, module=self._reference)
         return logprobs

@@ -97,6 +97,10 @@ def check_rooms(config: TrainConfig) -> None:
     check_algorithm(config.algorithm)
     check_inference(config.inference)
     check_learner(config.learner)
+    if config.learner.lora.rank and config.learner.lora.publish != "merged":
+        raise UserError(
+            "learner.lora.publish=adapter: the engines of a job load whole models; use merged"
+        )
     check_rollouts(config.rollouts)
     check_spans(config.spans)
     check_gateway(config.gateway)
