@@ -45,6 +45,7 @@ def table_of(sequences: list[dict[str, Any]]) -> pa.Table:
                 "trainable": trainable,
                 "logprobs": [0.0] * len(trainable),
                 "versions": [0 if learnt else -1 for learnt in trainable],
+                "calls": [0 if learnt else -1 for learnt in trainable],
                 "advantages": [one["credit"] if learnt else 0.0 for learnt in trainable],
             }
         )

@@ -13,18 +13,26 @@ import pyarrow.compute as pc
 
 from lightning_ray.algorithms import Algorithm, AlgorithmConfig, Group, finish, overlong, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
+from lightning_ray.spans.rewards import rewards as held_rewards
 from lightning_ray.trajectories import (
     AttemptFacts,
     BuildReport,
     Check,
+    CreditConfig,
+    Cut,
     HygieneConfig,
     HygieneReport,
+    Member,
     Place,
     build_sequences,
+    by_token,
+    cut_sequences,
     distinct_spans,
     inspect,
+    members,
     recorded_errors,
-    trainable_counts,
+    step_rewards,
+    tokens_per_call,
     with_advantages,
 )
 
@@ -49,7 +57,9 @@ class Batch:
     """Rollouts that came to no reward, whose tokens are not exact, or that a check dropped; those
     of flat and small groups are not among them."""
     advantages: dict[str, float]
-    """Credit per attempt of the used groups."""
+    """Credit per attempt of the used groups; a mean where its calls have credit of their own."""
+    cut: Cut
+    """What was cut from sequences that are too long."""
     hygiene: HygieneReport
     """What the checks found, and what was dropped for it."""
 
@@ -62,6 +72,8 @@ def make_batch(
     hygiene: HygieneConfig | None = None,
     heldout: Mapping[str, str] | None = None,
     settings: AlgorithmConfig | None = None,
+    credit: CreditConfig | None = None,
+    most_tokens: int = 0,
 ) -> tuple[pa.Table, Batch]:
     """Builds sequences, groups them by task, and gives them the algorithm's credit.
 
@@ -69,7 +81,8 @@ def make_batch(
 
     `records` are the step's rollouts, ended; `spans` holds the spans of their attempts. Only the
     latest attempt of a rollout that succeeded is used: a crash or a timeout is no reward of zero.
-    `settings` are those that `algorithm` was made with (None: the defaults). `hygiene` says what is
+    `settings` are those that `algorithm` was made with (None: the defaults), `credit` says what an
+    attempt is worth, and sequences are cut to `most_tokens` (0: not at all). `hygiene` says what is
     done about defects (None: the defaults), `heldout` are the `task_keys` of the held-out tasks. A
     check that says to stop does not raise here: the batch's report says so. Raises UserError when
     the algorithm cannot score a group.
@@ -79,9 +92,9 @@ def make_batch(
     graded = [r for r in records if r.status is RolloutStatus.SUCCEEDED and r.outcome is not None]
     groups = {record.attempt_id: record.spec.group_id for record in graded}
     sequences, report = build_sequences(spans, groups, policy)
-    lengths = trainable_counts(sequences)
+    lengths = tokens_per_call(sequences)
     errors = recorded_errors(spans)
-    learnable = {attempt for attempt, length in lengths.items() if length > 0}
+    learnable = {attempt for attempt, mine in lengths.items() if mine}
     found = inspect(
         spans,
         [facts for record in records for facts in _facts(record, errors)],
@@ -92,65 +105,93 @@ def make_batch(
         policy=policy,
         learnable=learnable,
     )
-    flat_checks = (None, Check.CONSTANT_GROUPS, Check.CONSTANT_BATCHES)
-    usable = [
-        record
-        for record in graded
-        if record.attempt_id in learnable
-        and "reward" in _rewards(record)
-        and found.dropped.get(record.attempt_id) in flat_checks
-    ]
-    members: dict[str, list[RolloutRecord]] = {}
-    for record in usable:
-        members.setdefault(record.spec.group_id, []).append(record)
     settings = AlgorithmConfig() if settings is None else settings
+    credit = CreditConfig() if credit is None else credit
+    steps = step_rewards(credit, held_rewards(spans)) if credit.steps else {}
+    flat_checks = (None, Check.CONSTANT_GROUPS, Check.CONSTANT_BATCHES)
+    usable: dict[str, list[Member]] = {}
+    attempts: dict[str, list[str]] = {}
+    for record in graded:
+        attempt = record.attempt_id
+        if attempt not in learnable or found.dropped.get(attempt) not in flat_checks:
+            continue
+        parts = members(
+            credit,
+            attempt,
+            record.spec.group_id,
+            _rewards(record),
+            steps.get(attempt, {}),
+            report.roles[attempt],
+            lengths[attempt],
+        )
+        if parts is not None:
+            usable[attempt] = parts
+            attempts.setdefault(record.spec.group_id, []).append(attempt)
     flat = small = 0
-    scored: list[tuple[Group, list[RolloutRecord]]] = []
-    for group_id, group_records in members.items():
-        if len(group_records) < settings.min_group:
+    compared: dict[str, list[Member]] = {}
+    # Other credit than an attempt's one reward may differ where that reward does not.
+    contrast_needed = credit.is_plain and getattr(algorithm, "needs_contrast", True)
+    for mine in attempts.values():
+        if len(mine) < settings.min_group:
             small += 1
             continue
         # What is left of a group is constant as a whole or not at all.
-        dropped = found.dropped.get(group_records[0].attempt_id)
-        if dropped is not None and not (
-            dropped is Check.CONSTANT_GROUPS and not getattr(algorithm, "needs_contrast", True)
-        ):
+        dropped = found.dropped.get(mine[0])
+        if dropped is not None and (contrast_needed or dropped is not Check.CONSTANT_GROUPS):
             flat += 1
             continue
-        group = Group(
-            group_id,
-            np.array([_rewards(record)["reward"] for record in group_records]),
-            np.array([lengths[record.attempt_id] for record in group_records]),
-        )
-        scored.append((overlong(group, settings.overlong), group_records))
-    groups_scored = [group for group, _ in scored]
-    credits = [score(algorithm, settings.name, group) for group in groups_scored]
-    credit: dict[str, float] = {}
-    used = 0
-    for (_, group_records), advantages in zip(
-        scored, finish(algorithm, settings.name, groups_scored, credits), strict=True
-    ):
-        if not advantages.any():
-            flat += 1
-            continue
-        used += 1
-        for record, advantage in zip(group_records, advantages, strict=True):
-            credit[record.attempt_id] = float(advantage)
-    chosen = pa.array(list(credit), pa.string())
+        for member in (part for attempt in mine for part in usable[attempt]):
+            compared.setdefault(member.group, []).append(member)
+    given, used, flat_too = _score(algorithm, settings, list(compared.items()))
+    chosen = pa.array(list(given), pa.string())
     kept = sequences.filter(pc.is_in(sequences["attempt_id"], value_set=chosen))
+    kept, gone = cut_sequences(with_advantages(kept, by_token(kept, given)), most_tokens)
     batch = Batch(
         report=report,
         rows=kept.num_rows,
         oldest_version=_oldest_version(kept),
         rewards=mean_rewards(graded),
         used_groups=used,
-        flat_groups=flat,
+        flat_groups=flat + flat_too,
         small_groups=small,
         left_out=len(records) - len(usable),
-        advantages=credit,
+        advantages={
+            attempt: float(np.mean(list(calls.values()))) for attempt, calls in given.items()
+        },
+        cut=gone,
         hygiene=found,
     )
-    return with_advantages(kept, credit), batch
+    return kept, batch
+
+
+def _score(
+    algorithm: Algorithm, settings: AlgorithmConfig, compared: Sequence[tuple[str, list[Member]]]
+) -> tuple[dict[str, dict[int, float]], int, int]:
+    """Credit by attempt and call; how many groups are learnt from, and how many teach nothing."""
+    groups = [
+        overlong(
+            Group(
+                name,
+                np.array([member.worth for member in mine]),
+                np.array([member.length for member in mine]),
+            ),
+            settings.overlong,
+        )
+        for name, mine in compared
+    ]
+    credits = [score(algorithm, settings.name, group) for group in groups]
+    given: dict[str, dict[int, float]] = {}
+    used = flat = 0
+    for (_, mine), advantages in zip(
+        compared, finish(algorithm, settings.name, groups, credits), strict=True
+    ):
+        if not advantages.any():
+            flat += 1
+            continue
+        used += 1
+        for member, advantage in zip(mine, advantages.tolist(), strict=True):
+            given.setdefault(member.attempt_id, {}).update(dict.fromkeys(member.calls, advantage))
+    return given, used, flat
 
 
 def _facts(record: RolloutRecord, errors: Mapping[str, str]) -> list[AttemptFacts]:

@@ -201,6 +201,8 @@ class Conductor:
             "groups_used": float(batch.used_groups),
             "groups_flat": float(batch.flat_groups),
             "groups_small": float(batch.small_groups),
+            "cut_calls": float(batch.cut.calls),
+            "cut_tokens": float(batch.cut.tokens),
             "left_out": float(batch.left_out),
             "sampled_tokens": float(batch.report.trainable_tokens),
             "tokens_per_second": batch.report.trainable_tokens / max(rolling.seconds, 1e-9),
@@ -255,6 +257,8 @@ class Conductor:
             self._config.hygiene,
             self._heldout_keys or None,
             self._config.algorithm,
+            self._config.credit,
+            self._config.training.max_sequence_tokens,
         )
         try:
             return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)

@@ -12,6 +12,16 @@ from lightning_ray.trajectories.build import (
     trainable_counts,
     with_advantages,
 )
+from lightning_ray.trajectories.credit import (
+    CreditConfig,
+    Member,
+    by_token,
+    check_credit,
+    members,
+    step_rewards,
+    tokens_per_call,
+)
+from lightning_ray.trajectories.cut import Cut, cut_sequences
 from lightning_ray.trajectories.hygiene import distinct_spans, inspect
 from lightning_ray.trajectories.hygiene_attempts import (
     AttemptFacts,
@@ -36,20 +46,29 @@ __all__ = [
     "BuildReport",
     "Call",
     "Check",
+    "CreditConfig",
+    "Cut",
     "HygieneConfig",
     "HygienePolicy",
     "HygieneReport",
+    "Member",
     "Place",
     "TokenTree",
     "attempts_of_spans",
     "build_sequences",
+    "by_token",
+    "check_credit",
     "check_hygiene",
+    "cut_sequences",
     "distinct_spans",
     "inspect",
+    "members",
     "rebuild_trees",
     "recorded_errors",
+    "step_rewards",
     "task_key",
     "task_keys",
+    "tokens_per_call",
     "trainable_counts",
     "with_advantages",
 ]

@@ -35,6 +35,8 @@ class BuildReport:
     """Attempt id to reason: its spans do not add up to what the engine saw. Left out whole."""
     empty: tuple[str, ...] = ()
     """Attempts without a single token to learn from: no call, or none of the policy's."""
+    roles: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    """Attempt id to the role of each of its calls, whoever answered them, in order of arrival."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class _Row:
     trainable: npt.NDArray[np.bool_]
     logprobs: npt.NDArray[np.float32]
     versions: npt.NDArray[np.int32]
+    calls: npt.NDArray[np.int32]
 
 
 def build_sequences(
@@ -76,6 +79,7 @@ def build_sequences(
     calls = 0
     empty: list[str] = []
     left_out: dict[str, str] = {}
+    roles: dict[str, tuple[str | None, ...]] = {}
     for attempt_id, group_id in groups.items():
         if attempt_id in inexact:
             left_out[attempt_id] = inexact[attempt_id]
@@ -93,6 +97,7 @@ def build_sequences(
             left_out[attempt_id] = f"call {span_id} does not say which version sampled it"
             continue
         calls += len(tree.calls)
+        roles[attempt_id] = tuple(call.role for call in tree.calls)
         built = _rows_of(tree, group_id, trainable)
         rows += built
         if not built:
@@ -104,6 +109,7 @@ def build_sequences(
         trainable_tokens=sum(int(np.count_nonzero(row.trainable)) for row in rows),
         inexact=left_out,
         empty=tuple(empty),
+        roles=roles,
     )
     return _table(rows, policy), report
 
@@ -181,14 +187,25 @@ def _rows_of(tree: TokenTree, group_id: str, trainable_calls: set[int]) -> list[
         trainable = np.zeros(len(tokens), np.bool_)
         logprobs = np.zeros(len(tokens), np.float32)
         versions = np.full(len(tokens), -1, np.int32)
+        calls = np.full(len(tokens), -1, np.int32)
         for index in learnt:
             call = tree.calls[index]
             sampled = slice(call.prompt_length, len(call.tokens))
             trainable[sampled] = True
             logprobs[sampled] = call.logprobs
             versions[sampled] = -1 if call.version is None else call.version
+            calls[sampled] = index
         rows.append(
-            _Row(group_id, tree.rollout_id, tree.attempt_id, tokens, trainable, logprobs, versions)
+            _Row(
+                group_id,
+                tree.rollout_id,
+                tree.attempt_id,
+                tokens,
+                trainable,
+                logprobs,
+                versions,
+                calls,
+            )
         )
     return rows
 
@@ -211,6 +228,7 @@ def _table(rows: list[_Row], policy: str) -> pa.Table:
         "trainable": lists([row.trainable for row in rows], pa.bool_()),
         "logprobs": lists([row.logprobs for row in rows], pa.float32()),
         "versions": lists([row.versions for row in rows], pa.int32()),
+        "calls": lists([row.calls for row in rows], pa.int32()),
         "advantages": lists([np.zeros(n, np.float32) for n in lengths], pa.float32()),
     }
     return pa.table(columns, schema=SEQUENCE_SCHEMA)

@@ -11,7 +11,7 @@ calls may share a prefix in storage without one exactly continuing the other.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class Call:
     """float32[S]: natural logarithms of the last S tokens, the sampled ones."""
     continues: str | None
     """The span id of the call whose prefix this one was stored against."""
+    role: str | None = None
+    """Which part of the agent's system asked; None where nobody recorded it."""
 
     @property
     def prompt_length(self) -> int:
@@ -129,12 +131,13 @@ def _model_calls(spans: pa.Table) -> Iterator[tuple[str, str, _StoredCall]]:
     if rows.num_rows == 0:
         return
     names = ["attempt_id", "rollout_id", "span_id", "sequence", "status", "policy", "version"]
-    names += ["continues", "prefix_tokens"]
+    names += ["continues", "prefix_tokens", "role"]
     columns = [rows[name].to_pylist() for name in names]
     token_lists = _split_lists(rows["token_ids"], np.int32)
     logprob_lists = _split_lists(rows["logprobs"], np.float32)
     for index, row in enumerate(zip(*columns, strict=True)):
-        attempt_id, rollout_id, span_id, sequence, status, policy, version, continues, prefix = row
+        attempt_id, rollout_id, span_id, sequence, status, policy, version, *rest = row
+        continues, prefix, role = rest
         logprobs = logprob_lists[index]
         call = Call(
             span_id=span_id,
@@ -145,6 +148,7 @@ def _model_calls(spans: pa.Table) -> Iterator[tuple[str, str, _StoredCall]]:
             tokens=np.empty(0, np.int32),
             logprobs=np.empty(0, np.float32) if logprobs is None else logprobs,
             continues=continues,
+            role=role,
         )
         yield attempt_id, rollout_id, _StoredCall(call, prefix, token_lists[index])
 
@@ -187,19 +191,7 @@ def _rebuild(stored_calls: Sequence[_StoredCall]) -> tuple[Call, ...]:
             current = by_id[current.call.continues]
         for link in reversed(chain):
             full[link.call.span_id] = _full_tokens(link, full)
-    return tuple(
-        Call(
-            span_id=stored.call.span_id,
-            sequence=stored.call.sequence,
-            status=stored.call.status,
-            policy=stored.call.policy,
-            version=stored.call.version,
-            tokens=full[stored.call.span_id],
-            logprobs=stored.call.logprobs,
-            continues=stored.call.continues,
-        )
-        for stored in stored_calls
-    )
+    return tuple(replace(one.call, tokens=full[one.call.span_id]) for one in stored_calls)
 
 
 def _full_tokens(stored: _StoredCall, full: dict[str, TokenArray]) -> TokenArray:

@@ -134,7 +134,7 @@ def test_a_step_of_cross_entropy_equals_pytorchs_on_the_unshared_sequences(
     rows = samples().to_pylist()
     for index, row in enumerate(rows):
         length = 13 + index % 4
-        for name in ("token_ids", "trainable", "logprobs", "versions"):
+        for name in ("token_ids", "trainable", "logprobs", "versions", "calls"):
             row[name] = row[name][:length]
         row["advantages"] = [0.0] * 12 + [1.0 + index % 2] * (length - 12)
     batch = pa.Table.from_pylist(rows, schema=samples().schema)

@@ -15,7 +15,7 @@ from lightning_ray.trajectories import (
     with_advantages,
 )
 
-LIST_COLUMNS = ["token_ids", "trainable", "logprobs", "versions", "advantages"]
+LIST_COLUMNS = ["token_ids", "trainable", "logprobs", "versions", "calls", "advantages"]
 
 
 def build(rows: list[dict[str, object]], **options: object):
@@ -35,6 +35,7 @@ def test_a_conversation_is_one_sequence_with_every_answer_trainable():
     assert row["trainable"] == [False, False, True, True, False, True]
     assert row["logprobs"] == [0, 0, -0.5, -0.5, 0, -0.5]
     assert row["versions"] == [-1, -1, 7, 7, -1, 8]
+    assert row["calls"] == [-1, -1, 0, 0, -1, 1]
     assert (row["group_id"], row["rollout_id"], row["attempt_id"]) == ("g0", "r0", "r0/0")
     assert (report.attempts, report.calls, report.sequences, report.trainable_tokens) == (
         1,
