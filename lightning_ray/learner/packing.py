@@ -10,7 +10,7 @@ A sequence is cut after the last position that predicts a trainable token: what 
 influence on the loss.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -241,16 +241,55 @@ def _sequences(
         positions = places[token] - offsets[row]
         tokens = token_ids[offsets[row] : offsets[row] + positions[-1]]
         sequences.append(_Sequence(tokens, positions, token_ids[places[token]], token))
-    # Big-endian bytes of numbers that are not negative sort as the numbers do.
-    return sorted(sequences, key=lambda sequence: sequence.tokens.astype(">i8").tobytes())
+    return sorted(sequences, key=_order)
 
 
 def _fill(sequences: Iterable[_Sequence], tokens_per_row: int) -> list[_RowBuilder]:
-    """Greedily: a sequence goes into the current row if what it adds still fits."""
-    builders: list[_RowBuilder] = []
+    """Rows of sequences, given in lexicographic order.
+
+    First neighbours are put together for as long as they share a beginning and fit into a row; then
+    these chunks are packed, the largest first, each into the first row that has room for it. A
+    chunk that shares nothing with what is in a row costs what it costs alone.
+    """
+    chunks: list[list[_Sequence]] = []
+    size = 0
+    builder = _RowBuilder()
     for sequence in sequences:
-        added = len(sequence.tokens) - (builders[-1].shared(sequence.tokens) if builders else 0)
-        if not builders or builders[-1].size + added > tokens_per_row:
-            builders.append(_RowBuilder())
-        builders[-1].add(sequence)
-    return builders
+        shared = builder.shared(sequence.tokens)
+        added = len(sequence.tokens) - shared
+        if not chunks or shared == 0 or size + added > tokens_per_row:
+            chunks.append([])
+            builder, size, added = _RowBuilder(), 0, len(sequence.tokens)
+        builder.add(sequence)
+        chunks[-1].append(sequence)
+        size += added
+    return [_built(row) for row in _first_fit(chunks, tokens_per_row)]
+
+
+def _first_fit(
+    chunks: Sequence[list[_Sequence]], tokens_per_row: int
+) -> list[list[list[_Sequence]]]:
+    """Chunks by row: first fit, decreasing (Johnson, 1973)."""
+    sizes = [_built([chunk]).size for chunk in chunks]
+    rows: list[list[list[_Sequence]]] = []
+    left: list[int] = []
+    for index in sorted(range(len(chunks)), key=lambda index: (-sizes[index], index)):
+        row = next((row for row, room in enumerate(left) if sizes[index] <= room), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(tokens_per_row)
+        rows[row].append(chunks[index])
+        left[row] -= sizes[index]
+    return rows
+
+
+def _built(chunks: Sequence[list[_Sequence]]) -> _RowBuilder:
+    builder = _RowBuilder()
+    for sequence in sorted((one for chunk in chunks for one in chunk), key=_order):
+        builder.add(sequence)
+    return builder
+
+
+def _order(sequence: _Sequence) -> bytes:
+    # Big-endian bytes of numbers that are not negative sort as the numbers do.
+    return sequence.tokens.astype(">i8").tobytes()

@@ -155,3 +155,30 @@ def test_ranks_share_all_rows_in_equally_many_passes(sizes, num_ranks):
     kept = [row for share in shares for row in share if len(row.entry)]
     assert sorted(map(id, kept)) == sorted(map(id, rows))
     assert len(empty_row().entry) == 0
+
+
+def test_rows_of_unrelated_samples_are_full() -> None:
+    random = np.random.default_rng(5)
+    rows = []
+    for length in random.integers(20, 200, 300).tolist():
+        tokens = random.integers(0, 40_000, length).tolist()
+        rows.append({"token_ids": tokens, "trainable": [False] * (length - 8) + [True] * 8})
+    packed = pack(to_table(rows), 512)
+    assert packed.distinct_tokens / (len(packed.rows) * 512) > 0.95
+
+
+def test_rows_of_groups_that_share_a_prompt_are_full() -> None:
+    random = np.random.default_rng(6)
+    system = random.integers(0, 40_000, 60).tolist()
+    rows = []
+    for _ in range(160):
+        prompt = system + random.integers(0, 40_000, int(random.integers(10, 40))).tolist()
+        for _ in range(8):
+            answer = random.integers(0, 40_000, int(random.integers(5, 30))).tolist()
+            trainable = [False] * len(prompt) + [True] * len(answer)
+            rows.append({"token_ids": prompt + answer, "trainable": trainable})
+    packed = pack(to_table(rows), 512)
+    assert packed.distinct_tokens / (len(packed.rows) * 512) > 0.95
+    # Each row has the shared beginning once more; beside that nothing is computed twice.
+    unshared = sum(len(row["token_ids"]) - 1 for row in rows)
+    assert packed.distinct_tokens < 0.6 * unshared
