@@ -30,6 +30,7 @@ ALGORITHMS: dict[str, str] = {
     "dr_grpo": "lightning_ray.algorithms.dr_grpo:DrGRPO",
     "grpo": "lightning_ray.algorithms.grpo:GRPO",
     "gspo": "lightning_ray.algorithms.gspo:GSPO",
+    "ppo": "lightning_ray.algorithms.ppo:PPO",
     "reinforce_pp": "lightning_ray.algorithms.reinforce_pp:ReinforcePP",
     "reinforce_pp_baseline": "lightning_ray.algorithms.reinforce_pp:ReinforcePPBaseline",
     "rloo": "lightning_ray.algorithms.rloo:RLOO",
@@ -66,8 +67,9 @@ class Algorithm(Protocol):
     may have fewer attempts than were asked for (those lost to a fault are left out), but not fewer
     than `min_group`. One whose credit is zero throughout teaches nothing: it is left out, counted.
 
-    A class with `needs_contrast = False` is given groups without contrast as well; one with a
-    method `finish_batch` sees the credit of the whole batch once more before it is used
+    A class with `needs_contrast = False` is given groups without contrast as well, and with
+    `zero_teaches = True` a group whose credit is zero throughout is learnt from; one with a method
+    `finish_batch` sees the credit of the whole batch once more before it is used
     (`BatchAlgorithm`).
     """
 

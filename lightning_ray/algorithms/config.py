@@ -58,6 +58,22 @@ class CorrectionConfig:
 
 
 @dataclass
+class CriticConfig:
+    """A value of every token, learnt beside the policy, in place of a group as the baseline."""
+
+    coefficient: float = 0.0
+    """How much the values' squared error counts beside the policy's loss; 0 is no critic."""
+    discount: float = 1.0
+    """Of rewards, for each token (gamma)."""
+    trace: float = 0.95
+    """How far an advantage looks ahead (lambda): 0 one token, 1 to the end."""
+    whiten: bool = True
+    """Advantages are brought to mean 0 and deviation 1 over the batch: a forward pass more."""
+    rate: float = 10.0
+    """The values' learning rate, times that of the policy."""
+
+
+@dataclass
 class LossConfig:
     """How credit becomes a loss; what the learner needs to know of an algorithm."""
 
@@ -85,6 +101,7 @@ class LossConfig:
     the recorded ones is what `correction` corrects."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     kl: KlConfig = field(default_factory=KlConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     entropy_coefficient: float = 0.0
     """How much a nat of the policy's entropy is worth, taken from the loss."""
 
@@ -175,9 +192,14 @@ def check_loss(loss: LossConfig) -> None:
     for name, value in (
         ("kl.coefficient", loss.kl.coefficient),
         ("entropy_coefficient", loss.entropy_coefficient),
+        ("critic.coefficient", loss.critic.coefficient),
     ):
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"algorithm.loss.{name}: {value} must be 0 or more")
+    for name, value in (("discount", loss.critic.discount), ("trace", loss.critic.trace)):
+        if not 0 <= value <= 1:
+            raise UserError(f"algorithm.loss.critic.{name}: {value} must lie between 0 and 1")
+    _positive("loss.critic.rate", loss.critic.rate)
     _check_correction(loss)
 
 
@@ -188,10 +210,11 @@ def _check_correction(loss: LossConfig) -> None:
             f"algorithm.loss.correction: low={correction.low} must be at least 0 and less than "
             f"high={correction.high}"
         )
-    if loss.kind == "cross_entropy" and (correction.kind != "none" or loss.kl.coefficient):
+    beside = correction.kind != "none" or loss.kl.coefficient or loss.critic.coefficient
+    if loss.kind == "cross_entropy" and beside:
         raise UserError(
-            "algorithm.loss.kind=cross_entropy learns tokens whoever sampled them: it has neither "
-            "algorithm.loss.correction nor algorithm.loss.kl"
+            "algorithm.loss.kind=cross_entropy learns tokens whoever sampled them: it has none of "
+            "algorithm.loss.correction, algorithm.loss.kl and algorithm.loss.critic"
         )
     if loss.old == "recorded" and loss.kind in _WITH_RATIO and correction.kind in _TRUNCATING:
         raise UserError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ray.algorithms import divergence, segments
+from lightning_ray.algorithms import divergence, gae, segments
 from lightning_ray.algorithms.base import TokenLoss
 from lightning_ray.algorithms.config import LossConfig
 from lightning_ray.algorithms.off_policy import correction
@@ -39,13 +39,18 @@ class Part:
     entropy: Tensor | None = None
     """float[N], of the policy where it sampled, in nats; with gradient. Needed where
     `entropy_coefficient` is not 0."""
+    values: Tensor | None = None
+    """float[N], what the critic expects before each token; with gradient. Needed where
+    `critic.coefficient` is not 0."""
+    whitening: tuple[float, float] = (0.0, 1.0)
+    """Mean and deviation that a critic's advantages are brought from; over the whole batch."""
 
 
 PartLoss = Callable[[Part], tuple[Tensor, Metrics]]
 """A part of a batch to its loss, a float32 scalar, and metrics without gradient: `clipped` (tokens
 whose gradient the clip removed or bounded), `masked` (tokens that the correction left out),
-`divergence_sum` (from the reference), `ratio_sum`, `ratio_max`, `difference_sum` and
-`abs_difference_sum` (of new minus recorded logprob)."""
+`divergence_sum` (from the reference), `value_error_sum` (squared, of the critic), `ratio_sum`,
+`ratio_max`, `difference_sum` and `abs_difference_sum` (of new minus recorded logprob)."""
 
 
 def choose_loss(config: LossConfig, own: TokenLoss | None, total_weight: float) -> PartLoss:
@@ -98,13 +103,16 @@ def cross_entropy_loss(logprobs: Tensor, weights: Tensor, total_weight: float) -
 def policy_loss(part: Part, config: LossConfig) -> tuple[Tensor, Metrics]:
     """A surrogate of the policy's return, with what is orthogonal to it.
 
-        L = sum_n w_n (c_n S_n + beta k_n) - alpha sum_n w_n H_n
+        L = sum_n w_n (c_n S_n + beta k_n + nu (V_n - G_n)^2 / 2) - alpha sum_n w_n H_n
 
     with S_n the token's surrogate loss (`surrogates`), c_n its correction (`off_policy`), k_n its
     divergence from the reference (`divergence`; here only where kl.place is loss) and H_n the
     policy's entropy. Where kl.place is reward, the credit of token n falls by the sum of
     beta k over it and what follows in its sequence, as if beta k were a cost of each token
     (Ziegler et al., 2019, arXiv:1909.08593, equation 2; per token as in Ouyang et al., 2022).
+
+    With a critic (nu above 0) a sequence's credit is a reward at its last token, the costs beta k
+    are rewards below 0 at theirs, advantages come from the values V (`gae`), and G_n = A_n + V_n.
     """
     logprobs, recorded = part.logprobs.float(), part.old_logprobs.float()
     advantages, weights = part.advantages.float(), part.weights.float()
@@ -117,23 +125,50 @@ def policy_loss(part: Part, config: LossConfig) -> tuple[Tensor, Metrics]:
     metrics["masked"] = (~kept).sum().float()
     # What is left out must not spoil the sum: its ratio may be more than a float holds.
     learnt = torch.where(kept, logprobs, old)
-    cost: Tensor | None = None
+    beside = -_entropy_bonus(part, config)
     if config.kl.coefficient:
         reference = _given(part.reference, "reference").float()
         with torch.no_grad():
             metrics["divergence_sum"] = divergence.estimate(now, reference, "k3").sum()
-        if config.kl.place == "reward":
-            with torch.no_grad():
-                apart = divergence.estimate(now, reference, config.kl.estimator)
-                fallen = segments.to_go(config.kl.coefficient * apart, part.sequence)
-            advantages = advantages - fallen
-        else:
+        if config.kl.place == "loss":
             apart = divergence.estimate(logprobs, reference, config.kl.estimator)
-            cost = config.kl.coefficient * (weights * apart).sum()
+            beside = beside + config.kl.coefficient * (weights * apart).sum()
+    if config.critic.coefficient:
+        values = _given(part.values, "value").float()
+        estimated = critic_advantages(part, config)
+        error = (values - (estimated + values.detach())).square()
+        beside = beside + 0.5 * config.critic.coefficient * (weights * error).sum()
+        metrics["value_error_sum"] = error.detach().sum()
+        mean, deviation = part.whitening
+        advantages = (estimated - mean) / deviation
+    elif (costs := _costs(part, config)) is not None:
+        advantages = advantages - segments.to_go(costs, part.sequence)
     losses, clipped = SURROGATES[config.kind](learnt, old, advantages, part.sequence, config)
     metrics["clipped"] = clipped.sum().float()
-    loss = (weights * corrected * losses).sum() - _entropy_bonus(part, config)
-    return (loss if cost is None else loss + cost), metrics
+    return (weights * corrected * losses).sum() + beside, metrics
+
+
+@torch.no_grad()
+def critic_advantages(part: Part, config: LossConfig) -> Tensor:
+    """Advantages from the critic's values, not whitened; float32[N], without gradient."""
+    rewards = gae.at_the_end(part.advantages, part.sequence)
+    costs = _costs(part, config)
+    if costs is not None:
+        rewards = rewards - costs
+    values = _given(part.values, "value")
+    return gae.advantages(
+        values, rewards, part.sequence, config.critic.discount, config.critic.trace
+    )
+
+
+@torch.no_grad()
+def _costs(part: Part, config: LossConfig) -> Tensor | None:
+    """What each token's divergence takes from its reward; None where it takes nothing."""
+    if not config.kl.coefficient or config.kl.place != "reward":
+        return None
+    reference = _given(part.reference, "reference").float()
+    now = part.logprobs.detach().float()
+    return config.kl.coefficient * divergence.estimate(now, reference, config.kl.estimator)
 
 
 def _entropy_bonus(part: Part, config: LossConfig) -> Tensor:
@@ -159,6 +194,7 @@ def difference_metrics(logprobs: Tensor, old_logprobs: Tensor) -> Metrics:
         "clipped": zero,
         "masked": zero,
         "divergence_sum": zero,
+        "value_error_sum": zero,
         "ratio_sum": ratio.sum(),
         "ratio_max": ratio.max() if ratio.numel() else zero,
         "difference_sum": difference.sum(),

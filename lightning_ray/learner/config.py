@@ -14,6 +14,8 @@ DTYPES = ("auto", "bf16", "fp32")
 ZERO_STAGES = (0, 1, 2, 3)
 SCHEDULES = ("constant", "linear", "cosine")
 PUBLISHED = ("merged", "adapter")
+RATE = "rate"
+"""The key of a parameter group's learning rate, times that of the policy."""
 WEIGHT_INDEX = "model.safetensors.index.json"
 
 
@@ -44,6 +46,9 @@ class LearnerConfig:
     """What is split over the ranks. 0: nothing. 1: optimiser state. 2: gradients too. 3: weights
     too."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    critic_rate: float = 0.0
+    """Learning rate of a critic's values, times that of the policy; 0: no critic. A job sets it
+    from `algorithm.loss.critic`."""
     learning_rate: float = 1e-5
     """At its highest, see `schedule`."""
     schedule: str = "constant"
@@ -100,7 +105,7 @@ def check_learner(config: LearnerConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"learner.{name}: {value} must be a number greater than 0")
-    for name in ("weight_decay", "max_grad_norm", "num_cpus", "num_gpus"):
+    for name in ("weight_decay", "max_grad_norm", "num_cpus", "num_gpus", "critic_rate"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"learner.{name}: {value} must be a number that is not negative")

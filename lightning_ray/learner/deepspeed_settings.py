@@ -3,7 +3,25 @@
 import os
 from typing import Any
 
+from lightning_ray.cluster.processor import multiplies_bfloat16
+from lightning_ray.errors import UserError
 from lightning_ray.learner.config import LearnerConfig
+
+
+def resolved_dtype(config: LearnerConfig) -> str:
+    """bf16 or fp32: what `learner.dtype` comes to on this node."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bf16" if config.num_gpus > 0 or multiplies_bfloat16() else "fp32"
+
+
+def require_possible(config: LearnerConfig) -> None:
+    """Raises UserError for what DeepSpeed does not compute, once the type is known."""
+    if config.dtype == "bf16" and config.zero_stage == 0:
+        raise UserError(
+            "learner.zero_stage=0 with bfloat16: DeepSpeed keeps float32 weights beside bfloat16 "
+            "ones from stage 1 on; set learner.zero_stage=1 or learner.dtype=fp32"
+        )
 
 
 def set_environment(rank: int, num_ranks: int, host: str, port: int) -> None:

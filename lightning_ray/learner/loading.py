@@ -18,7 +18,7 @@ def load_policy(model_dir: Path, config: LearnerConfig, dtype: torch.dtype) -> P
         add_lora(model, config.lora)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PolicyModule(model, config.logits_chunk)
+    return PolicyModule(model, config.logits_chunk, config.critic_rate > 0)
 
 
 def load_reference(model_dir: Path, config: LearnerConfig, dtype: torch.dtype) -> PolicyModule:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_ray.learner.config import LearnerConfig
+from lightning_ray.learner.config import RATE, LearnerConfig
+
+VALUE_HEAD = "value_head."
 
 
 def make_optimizer(config: LearnerConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what of a module has a gradient."""
+    """AdamW over what of a module has a gradient; a group says how fast it learns (RATE)."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
@@ -22,7 +24,12 @@ def make_optimizer(config: LearnerConfig, module: nn.Module) -> torch.optim.Opti
         "weight_decay": config.weight_decay,
         "fused": True,
     }
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    named = [(name, one) for name, one in module.named_parameters() if one.requires_grad]
+    policy = [one for name, one in named if not name.startswith(VALUE_HEAD)]
+    critic = [one for name, one in named if name.startswith(VALUE_HEAD)]
+    trained: list[dict[str, Any]] = [{"params": policy, RATE: 1.0}]
+    if critic:
+        trained.append({"params": critic, RATE: config.critic_rate})
     if config.zero_stage:
         return torch.optim.AdamW(trained, **settings)
     return GuardedAdamW(trained, config.max_grad_norm, **settings)
@@ -31,7 +38,7 @@ def make_optimizer(config: LearnerConfig, module: nn.Module) -> torch.optim.Opti
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips the gradient, and leaves the weights alone where it is not finite."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], max_norm: float, **settings: Any):
+    def __init__(self, parameters: list[dict[str, Any]], max_norm: float, **settings: Any):
         """`max_norm` is the norm that gradients are scaled down to; 0 turns clipping off."""
         super().__init__(parameters, **settings)
         self._max_norm = max_norm

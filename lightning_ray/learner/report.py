@@ -35,6 +35,8 @@ class StepReport:
     """Share of the tokens that the off-policy correction left out."""
     divergence: float
     """Mean divergence from the reference, k3, in nats; 0 where there is no reference."""
+    value_error: float
+    """Mean squared error of the critic's values; 0 where there is no critic."""
     entropy: float
     """Mean entropy of the policy where it sampled, in nats."""
     ratio_mean: float

@@ -11,6 +11,7 @@ SUMS = (
     "masked",
     "ratio_sum",
     "divergence_sum",
+    "value_error_sum",
     "difference_sum",
     "abs_difference_sum",
 )

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import random
 import socket
 import time
@@ -27,11 +26,21 @@ import pyarrow as pa
 
 from lightning_ray.algorithms.base import TokenLoss
 from lightning_ray.algorithms.config import LossConfig
-from lightning_ray.cluster.processor import multiplies_bfloat16
 from lightning_ray.errors import UserError
-from lightning_ray.learner.checkpoint import STATE_FILE
-from lightning_ray.learner.config import LearnerConfig
-from lightning_ray.learner.deepspeed_settings import deepspeed_config, set_environment
+from lightning_ray.learner.checkpoint import (
+    STATE_FILE,
+    load_generators,
+    require_shape,
+    save_generators,
+    shape_of,
+)
+from lightning_ray.learner.config import RATE, LearnerConfig
+from lightning_ray.learner.deepspeed_settings import (
+    deepspeed_config,
+    require_possible,
+    resolved_dtype,
+    set_environment,
+)
 from lightning_ray.learner.folders import commit_folder, partial_folder
 from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
 from lightning_ray.learner.report import StepReport
@@ -40,6 +49,8 @@ from lightning_ray.trajectories.batch import list_arrays
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lightning_ray.algorithms.losses import Part
 
 CHECKPOINT_TAG = "learner"
 
@@ -68,12 +79,7 @@ class LearnerWorker:
         host = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
         with socket.socket() as free:
             free.bind(("", 0))
-            return host, free.getsockname()[1], self._resolved_dtype()
-
-    def _resolved_dtype(self) -> str:
-        if self.config.dtype != "auto":
-            return self.config.dtype
-        return "bf16" if self.config.num_gpus > 0 or multiplies_bfloat16() else "fp32"
+            return host, free.getsockname()[1], resolved_dtype(self.config)
 
     def setup(self, host: str, port: int, dtype: str) -> None:
         """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`.
@@ -82,11 +88,7 @@ class LearnerWorker:
             UserError: DeepSpeed cannot compute so.
         """
         self.config = replace(self.config, dtype=dtype)
-        if dtype == "bf16" and self.config.zero_stage == 0:
-            raise UserError(
-                "learner.zero_stage=0 with bfloat16: DeepSpeed keeps float32 weights beside "
-                "bfloat16 ones from stage 1 on; set learner.zero_stage=1 or learner.dtype=fp32"
-            )
+        require_possible(self.config)
         set_environment(self.rank, self.config.num_ranks, host, port)
         import torch
 
@@ -111,14 +113,14 @@ class LearnerWorker:
         np.random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
         from lightning_ray.learner.loading import load_policy
+        from lightning_ray.learner.optimizer import make_optimizer
 
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         module = load_policy(self.model_dir, self.config, self._dtype)
-        from lightning_ray.learner.optimizer import make_optimizer
-
-        optimizer = make_optimizer(self.config, module)
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(self.config)
+            model=module,
+            optimizer=make_optimizer(self.config, module),
+            config=deepspeed_config(self.config),
         )
         self.engine.train()
 
@@ -153,6 +155,7 @@ class LearnerWorker:
             clip_fraction=totals["clipped"] / tokens,
             masked_fraction=totals["masked"] / tokens,
             divergence=totals["divergence_sum"] / tokens,
+            value_error=totals["value_error_sum"] / tokens,
             entropy=totals["entropy_sum"] / tokens,
             ratio_mean=totals["ratio_sum"] / tokens,
             ratio_max=totals["ratio_max"],
@@ -174,7 +177,7 @@ class LearnerWorker:
         self.engine.eval()
         with torch.no_grad():
             for row in share:
-                logprobs, _ = self._forward(row)
+                logprobs = self._forward(row)[0]
                 token = self._to_device(row.token)
                 found[token] = logprobs[self._to_device(row.entry)]
                 learnable[token] = 1.0
@@ -230,18 +233,9 @@ class LearnerWorker:
             partial_folder(target)
         torch.distributed.barrier()
         self.engine.save_checkpoint(str(partial), tag=CHECKPOINT_TAG, save_latest=False)
-        generators = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-        }
-        (partial / f"random-{self.rank}.pickle").write_bytes(pickle.dumps(generators))
+        save_generators(partial / f"random-{self.rank}.pickle")
         if self.rank == 0:
-            own = {
-                "steps": self._steps,
-                "num_ranks": self.config.num_ranks,
-                "dtype": self.config.dtype,
-            }
+            own = {"steps": self._steps, **shape_of(self.config)}
             (partial / STATE_FILE).write_text(json.dumps({"learner": own, "state": state}))
         torch.distributed.barrier()
         if self.rank == 0:
@@ -255,32 +249,17 @@ class LearnerWorker:
             The caller's state.
 
         Raises:
-            UserError: there is no whole checkpoint at `path`, or one of another number of ranks or
-                another type.
+            UserError: there is no whole checkpoint at `path`, or one of another shape (`shape_of`).
         """
-        import torch
-
         folder = Path(path)
         if not (folder / STATE_FILE).is_file():
             raise UserError(f"there is no learner checkpoint in {folder}; name one that was saved")
         saved = json.loads((folder / STATE_FILE).read_text())
-        if saved["learner"]["num_ranks"] != self.config.num_ranks:
-            raise UserError(
-                f"the checkpoint {folder} was saved by {saved['learner']['num_ranks']} ranks; "
-                f"set learner.num_ranks to that, it is {self.config.num_ranks}"
-            )
-        if saved["learner"].get("dtype", self.config.dtype) != self.config.dtype:
-            raise UserError(
-                f"the checkpoint {folder} was saved in {saved['learner']['dtype']}; set "
-                f"learner.dtype to that, here it is {self.config.dtype}"
-            )
+        require_shape(folder, saved["learner"], self.config)
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if loaded is None:
             raise UserError(f"the checkpoint {folder} cannot be read; name another one")
-        generators = pickle.loads((folder / f"random-{self.rank}.pickle").read_bytes())
-        random.setstate(generators["python"])
-        np.random.set_state(generators["numpy"])
-        torch.set_rng_state(generators["torch"])
+        load_generators(folder / f"random-{self.rank}.pickle")
         self._steps = saved["learner"]["steps"]
         # What the optimiser had is right for the weights; what the user has now set counts.
         for group in self.engine.optimizer.param_groups:
@@ -290,7 +269,7 @@ class LearnerWorker:
 
     def _set_rate(self, rate: float) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group[RATE]
 
     def _to_device(self, array: npt.NDArray[Any]) -> "Tensor":
         import torch
@@ -299,9 +278,9 @@ class LearnerWorker:
 
     def _forward(
         self, row: Row, with_entropy: bool = False, module: Any = None
-    ) -> tuple["Tensor", "Tensor"]:
-        """Logprobs and entropies, float32[M], of the policy or another module."""
-        logprobs, entropy = (self.engine if module is None else module)(
+    ) -> tuple["Tensor", "Tensor", "Tensor | None"]:
+        """Logprobs, entropies and values, float32[M], of the policy or another module."""
+        found: tuple[Tensor, Tensor, Tensor | None] = (self.engine if module is None else module)(
             self._to_device(row.input_ids),
             self._to_device(row.position_ids),
             self._to_device(row.subtree_end),
@@ -309,7 +288,7 @@ class LearnerWorker:
             self._to_device(row.logit_target),
             with_entropy,
         )
-        return logprobs, entropy
+        return found
 
     def _reference_logprobs(self, row: Row) -> "Tensor":
         """Logprobs under the weights that the run began with, float32[M]."""
@@ -321,8 +300,7 @@ class LearnerWorker:
             reference = load_reference(self.model_dir, self.config, self._dtype)
             self._reference = reference.to(self.engine.device)
         with torch.no_grad():
-            logprobs, _ = self._forward(row, module=self._reference)
-        return logprobs
+            return self._forward(row, module=self._reference)[0]
 
     def _accumulate(
         self, packed: PackedBatch, loss_config: LossConfig, own: TokenLoss | None
@@ -330,40 +308,76 @@ class LearnerWorker:
         """Add up the gradients of this rank's rows; returns sums and maxima over all ranks."""
         import torch
 
-        from lightning_ray.algorithms.losses import Part, choose_loss
+        from lightning_ray.algorithms.losses import choose_loss
         from lightning_ray.learner.totals import Totals
 
         part_loss = choose_loss(loss_config, own, packed.total_weight())
-        with_entropy = own is None and loss_config.entropy_coefficient > 0
-        referred = own is None and loss_config.kl.coefficient > 0
+        wanted = loss_config if own is None else LossConfig(aggregation=loss_config.aggregation)
+        share = share_of_rank(packed.rows, self.rank, self.config.num_ranks)
+        whitening = (0.0, 1.0)
+        if wanted.critic.coefficient and wanted.critic.whiten:
+            whitening = self._whitening(share, wanted)
         totals = Totals(self.engine.device)
-        for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
-            reference = self._reference_logprobs(row) if referred else None
-            logprobs, entropy = self._forward(row, with_entropy)
-            entry = self._to_device(row.entry)
-            part = Part(
-                logprobs=logprobs[entry],
-                old_logprobs=self._to_device(row.old_logprobs),
-                advantages=self._to_device(row.advantages),
-                weights=self._to_device(row.weights),
-                sequence=self._to_device(row.sequence),
-                reference=None if reference is None else reference[entry],
-                entropy=entropy[entry] if with_entropy else None,
-            )
+        for row in share:
+            part, entropy = self._part(row, wanted, whitening)
             loss, metrics = part_loss(part)
             metrics |= {
                 "loss": loss.detach(),
-                "tokens": torch.tensor(float(len(entry)), device=self.engine.device),
-                "entropy_sum": entropy.detach()[entry].sum(),
+                "tokens": torch.tensor(float(len(row.entry)), device=self.engine.device),
+                "entropy_sum": entropy.sum(),
             }
             totals.add(metrics)
             if not torch.isfinite(loss):
                 # A gradient may be finite where its loss is not. Poison it, so that DeepSpeed's own
                 # check sees it on every rank, clears up, and leaves the weights alone.
-                loss = logprobs.sum() * math.nan
+                loss = part.logprobs.sum() * math.nan
             # DeepSpeed averages over ranks; the loss is a sum.
             self.engine.backward(loss * self.config.num_ranks)
         return totals.of_all_ranks()
+
+    def _part(
+        self, row: Row, loss: LossConfig, whitening: tuple[float, float]
+    ) -> tuple["Part", "Tensor"]:
+        """A row's tokens with all that the loss asks for, and their entropies."""
+        from lightning_ray.algorithms.losses import Part
+
+        entry = self._to_device(row.entry)
+        reference = None
+        if loss.kl.coefficient:
+            reference = self._reference_logprobs(row)[entry]
+        with_entropy = loss.entropy_coefficient > 0
+        logprobs, entropy, values = self._forward(row, with_entropy)
+        part = Part(
+            logprobs=logprobs[entry],
+            old_logprobs=self._to_device(row.old_logprobs),
+            advantages=self._to_device(row.advantages),
+            weights=self._to_device(row.weights),
+            sequence=self._to_device(row.sequence),
+            reference=reference,
+            entropy=entropy[entry] if with_entropy else None,
+            values=None if values is None else values[entry],
+            whitening=whitening,
+        )
+        # Of rows without a token as well, so that every rank has a gradient of everything.
+        return part, entropy.detach()[entry]
+
+    def _whitening(self, rows: list[Row], loss: LossConfig) -> tuple[float, float]:
+        """Mean and deviation of the critic's advantages over the whole batch."""
+        import torch
+
+        from lightning_ray.algorithms.losses import critic_advantages
+
+        sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        with torch.no_grad():
+            for row in rows:
+                part, _ = self._part(row, loss, (0.0, 1.0))
+                found = critic_advantages(part, loss).double()
+                sums += torch.stack([torch.ones_like(found), found, found.square()]).sum(dim=1)
+        torch.distributed.all_reduce(sums)
+        count, total, squares = sums.tolist()
+        mean = total / max(count, 1.0)
+        variance = max(squares / max(count, 1.0) - mean * mean, 0.0)
+        return mean, math.sqrt(variance) + 1e-6
 
     def _skipped(self, packed: PackedBatch, loss: float) -> str | None:
         if not packed.rows:

@@ -185,7 +185,7 @@ def _score(
     for (_, mine), advantages in zip(
         compared, finish(algorithm, settings.name, groups, credits), strict=True
     ):
-        if not advantages.any():
+        if not advantages.any() and not getattr(algorithm, "zero_teaches", False):
             flat += 1
             continue
         used += 1

@@ -346,6 +346,7 @@ class Conductor:
             "clip_fraction": report.clip_fraction,
             "masked_fraction": report.masked_fraction,
             "divergence": report.divergence,
+            "value_error": report.value_error,
             "logprob_abs_difference": report.logprob_abs_difference,
             "ratio_mean": report.ratio_mean,
             "tokens_batch": float(report.total_tokens),

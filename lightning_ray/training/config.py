@@ -108,7 +108,14 @@ def check_rooms(config: TrainConfig) -> None:
         )
     check_algorithm(config.algorithm)
     check_credit(config.credit)
+    if config.algorithm.loss.critic.coefficient and config.credit.by_call:
+        raise UserError(
+            "credit.steps and credit.discount give each call a return of its own, which a critic "
+            "estimates by itself; leave them out, or set algorithm.loss.critic.coefficient=0"
+        )
     check_inference(config.inference)
+    critic = config.algorithm.loss.critic
+    config.learner.critic_rate = critic.rate if critic.coefficient else 0.0
     check_learner(config.learner)
     if config.learner.lora.rank and config.learner.lora.publish != "merged":
         raise UserError(

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loss_support import SEQUENCES, Token, part_of, slow_loss
 
-from lightning_ray.algorithms import LossConfig, check_loss
+from lightning_ray.algorithms import LossConfig, check_loss, gae
 from lightning_ray.algorithms.config import (
     CORRECTIONS,
     ESTIMATORS,
     OLD,
     PLACES,
     CorrectionConfig,
+    CriticConfig,
     KlConfig,
 )
 from lightning_ray.algorithms.losses import choose_loss, policy_loss
@@ -143,3 +144,43 @@ def test_bfloat16_logprobs_are_computed_in_float32() -> None:
     loss, _ = policy_loss(part, LossConfig())
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(-math.exp(0.001), rel=1e-5)
+
+
+@given(SEQUENCES, st.floats(0, 1), st.floats(0, 1))
+def test_advantages_of_a_critic_are_the_sum_of_what_surprised_it(
+    sequences, discount, trace
+) -> None:
+    part = part_of(sequences)
+    values, rewards = part.reference, part.old_logprobs
+    found = gae.advantages(values, rewards, part.sequence, discount, trace).tolist()
+    for sequence in sequences:
+        expected = [token.reference for token in sequence] + [0.0]
+        for place in range(len(sequence)):
+            # Equation 16 of GAE, term by term.
+            wanted = sum(
+                (discount * trace) ** ahead
+                * (sequence[at].recorded + discount * expected[at + 1] - expected[at])
+                for ahead, at in enumerate(range(place, len(sequence)))
+            )
+            assert found.pop(0) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    assert found == []
+
+
+def test_a_critics_loss_is_that_of_the_surrogate_and_of_its_values() -> None:
+    # Two tokens, worth 1 at the end, expected 0.5 and 0.25; lambda 1: advantages 0.5 and 0.75.
+    tokens = [Token(-1.0, -1.0, 1.0, 0.5, 0.0, 0.0)] * 2
+    part = part_of([tokens])
+    values = torch.tensor([0.5, 0.25], requires_grad=True)
+    config = LossConfig(critic=CriticConfig(coefficient=0.2, trace=1.0))
+    given_values = {**vars(part), "values": values}
+    loss, metrics = policy_loss(type(part)(**given_values), config)
+    loss.backward()
+    errors = 0.5 * (0.5**2 + 0.75**2)
+    assert loss.item() == pytest.approx(-0.5 * (0.5 + 0.75) + 0.5 * 0.2 * errors)
+    assert part.logprobs.grad.tolist() == pytest.approx([-0.25, -0.375])
+    assert values.grad.tolist() == pytest.approx([-0.5 * 0.2 * 0.5, -0.5 * 0.2 * 0.75])
+    assert metrics["value_error_sum"].item() == pytest.approx(0.5**2 + 0.75**2)
+    # Whitened by mean 0.5 and deviation 0.25: advantages 0 and 1.
+    whitened = {**given_values, "whitening": (0.5, 0.25)}
+    loss, _ = policy_loss(type(part)(**whitened), config)
+    assert loss.item() == pytest.approx(-0.5 + 0.5 * 0.2 * errors)

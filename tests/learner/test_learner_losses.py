@@ -6,7 +6,8 @@ import pytest
 from test_learner_worker import PLAIN, largest_difference, on_policy, samples, start, weights
 
 from lightning_ray.algorithms import LossConfig
-from lightning_ray.algorithms.config import CorrectionConfig, KlConfig
+from lightning_ray.algorithms.config import CorrectionConfig, CriticConfig, KlConfig
+from lightning_ray.errors import UserError
 
 STEPS = 4
 SMALL = dataclasses.replace(PLAIN, learning_rate=0.02, adam_epsilon=1e-8)
@@ -92,3 +93,49 @@ def test_a_correction_leaves_out_what_is_too_far_and_says_how_much(model_dir) ->
         on_policy(worker, batch), LossConfig(correction=CorrectionConfig("icepop"))
     )
     assert report.masked_fraction == 0.0
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_critic_learns_what_attempts_are_worth_and_goes_on_after_a_resume(
+    model_dir, tmp_path, zero_stage
+) -> None:
+    loss = LossConfig(critic=CriticConfig(coefficient=0.5))
+    config = dataclasses.replace(SMALL, learning_rate=0.002, critic_rate=10.0)
+    worker = start(model_dir, config, zero_stage=zero_stage)
+    batch = samples()
+    errors = []
+    for _ in range(12):
+        report = worker.step(on_policy(worker, batch), loss)
+        assert report.skipped is None
+        errors.append(report.value_error)
+    # At first it expects 0, and every attempt is worth 1 or -1.
+    assert errors[0] > 0.5 and errors[-1] < 0.5 * errors[0]
+    worker.save_checkpoint(str(tmp_path / "saved"), {})
+    resumed = start(model_dir, config, zero_stage=zero_stage)
+    resumed.load_checkpoint(str(tmp_path / "saved"))
+    fixed = on_policy(worker, batch)
+    one, other = worker.step(fixed, loss), resumed.step(fixed, loss)
+    assert one.value_error == pytest.approx(other.value_error, rel=1e-5) and one.value_error > 0
+    assert largest_difference(weights(worker), weights(resumed)) == 0
+    worker.publish(str(tmp_path / "published"))
+    assert not any("value_head" in name for name in weights(worker))
+    without = start(model_dir, SMALL, zero_stage=zero_stage)
+    with pytest.raises(UserError, match=r"was saved with learner.critic_rate=10.0"):
+        without.load_checkpoint(str(tmp_path / "saved"))
+
+
+def test_a_critics_step_is_the_same_however_it_is_packed(model_dir) -> None:
+    loss = LossConfig(
+        critic=CriticConfig(coefficient=0.5, discount=0.9), kl=KlConfig(0.1, "k1", "reward")
+    )
+    found = []
+    for tokens_per_row in (512, 16):
+        worker = start(model_dir, PLAIN, critic_rate=1.0, tokens_per_row=tokens_per_row)
+        batch = on_policy(worker, samples())
+        reports = [worker.step(batch, loss) for _ in range(2)]
+        found.append((weights(worker), reports))
+    (one, mine), (other, theirs) = found
+    assert largest_difference(one, other) < 1e-4
+    for report, again in zip(mine, theirs, strict=True):
+        assert report.loss == pytest.approx(again.loss, rel=1e-3, abs=1e-4)
+        assert report.value_error == pytest.approx(again.value_error, rel=1e-3)

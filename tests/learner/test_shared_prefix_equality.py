@@ -19,7 +19,7 @@ def packed_loss(module: PolicyModule, packed, config: LossConfig):
     total = torch.zeros(())
     logprobs = np.full(packed.trainable_tokens, np.nan, np.float32)
     for row in packed.rows:
-        new, entropy = module(
+        new, entropy, _ = module(
             *(
                 torch.from_numpy(array)
                 for array in (
