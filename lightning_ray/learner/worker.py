@@ -171,12 +171,11 @@ class LearnerWorker:
         import torch
 
         packed = pack(batch, self.config.tokens_per_row)
-        share = share_of_rank(packed.rows, self.rank, self.config.num_ranks)
         found = torch.zeros(packed.trainable_tokens, device=self.engine.device)
         learnable = torch.zeros_like(found)
         self.engine.eval()
         with torch.no_grad():
-            for row in share:
+            for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
                 logprobs = self._forward(row)[0]
                 token = self._to_device(row.token)
                 found[token] = logprobs[self._to_device(row.entry)]
@@ -358,7 +357,6 @@ class LearnerWorker:
             values=None if values is None else values[entry],
             whitening=whitening,
         )
-        # Of rows without a token as well, so that every rank has a gradient of everything.
         return part, entropy.detach()[entry]
 
     def _whitening(self, rows: list[Row], loss: LossConfig) -> tuple[float, float]:
