@@ -184,7 +184,7 @@ def finish(
         UserError: it raised, or did not give one finite number per attempt.
     """
     finish_batch = getattr(algorithm, "finish_batch", None)
-    if finish_batch is None:
+    if finish_batch is None or not groups:
         return list(credits)
     try:
         with np.errstate(all="ignore"):

@@ -41,6 +41,14 @@ class KlConfig:
     place: str = "loss"
     """loss: added to the loss, with its gradient.
     reward: taken from the credit of a token and of those before it in its sequence."""
+    whiten: bool = False
+    """Where it lies in the reward: credit is brought to mean 0 and deviation 1 over the batch after
+    it was taken away, by the learner; a forward pass more."""
+
+    @property
+    def in_reward(self) -> bool:
+        """Whether it costs something, and that is taken from the credit."""
+        return self.coefficient > 0 and self.place == "reward"
 
 
 @dataclass
@@ -111,7 +119,7 @@ class OverlongConfig:
     """A penalty for answers that come near the longest that is wanted."""
 
     max_tokens: int = 0
-    """Sampled tokens of an attempt from which the penalty is full; 0 for no penalty."""
+    """Sampled tokens of an attempt from which on the penalty is full; 0 for no penalty."""
     buffer: int = 0
     """Over so many tokens before that it grows from 0."""
     penalty: float = 1.0

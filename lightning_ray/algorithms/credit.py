@@ -4,7 +4,6 @@ Rewards r are float64[G], those of the attempts of one group.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -49,21 +48,23 @@ def over_batch(
     return [(credit - mean) / (std + epsilon) for credit in credits]
 
 
-def overlong(group: Group, config: OverlongConfig) -> Group:
-    """The group with a penalty on attempts that come near the longest that is wanted.
+def overlong(lengths: IntArray, config: OverlongConfig) -> FloatArray:
+    """What attempts lose that come near the longest that is wanted, float64[G], at least 0.
 
-        0                                            length <= max_tokens - buffer
-        penalty (max_tokens - buffer - length) / buffer     between
-        - penalty                                    length > max_tokens
+        0                                              length <= max_tokens - buffer
+        penalty (length - max_tokens + buffer) / buffer      between
+        penalty                                        length >= max_tokens
 
-    added to the reward: soft overlong punishment, DAPO (Yu et al., 2025, arXiv:2503.14476,
-    equation 13).
+    Soft overlong punishment, DAPO (Yu et al., 2025, arXiv:2503.14476, equation 13).
+
+    Args:
+        lengths: int64[G], sampled tokens of the attempts.
     """
     if config.max_tokens == 0:
-        return group
-    over = group.lengths - (config.max_tokens - config.buffer)
+        return np.zeros(len(lengths))
+    over = lengths - (config.max_tokens - config.buffer)
     share = np.clip(over / max(config.buffer, 1), 0.0, 1.0)
-    return replace(group, rewards=group.rewards - config.penalty * share)
+    return config.penalty * np.where(lengths >= config.max_tokens, 1.0, share)
 
 
 class GroupRelative:

@@ -43,7 +43,7 @@ class Part:
     """float[N], what the critic expects before each token; with gradient. Needed where
     `critic.coefficient` is not 0."""
     whitening: tuple[float, float] = (0.0, 1.0)
-    """Mean and deviation that a critic's advantages are brought from; over the whole batch."""
+    """Mean and deviation over the whole batch that advantages are brought from (`whitens`)."""
 
 
 PartLoss = Callable[[Part], tuple[Tensor, Metrics]]
@@ -115,7 +115,7 @@ def policy_loss(part: Part, config: LossConfig) -> tuple[Tensor, Metrics]:
     are rewards below 0 at theirs, advantages come from the values V (`gae`), and G_n = A_n + V_n.
     """
     logprobs, recorded = part.logprobs.float(), part.old_logprobs.float()
-    advantages, weights = part.advantages.float(), part.weights.float()
+    weights = part.weights.float()
     now = logprobs.detach()
     metrics = difference_metrics(logprobs, recorded)
     old = now if config.old == "current" else recorded
@@ -135,24 +135,38 @@ def policy_loss(part: Part, config: LossConfig) -> tuple[Tensor, Metrics]:
             beside = beside + config.kl.coefficient * (weights * apart).sum()
     if config.critic.coefficient:
         values = _given(part.values, "value").float()
-        estimated = critic_advantages(part, config)
+        estimated = token_advantages(part, config)
         error = (values - (estimated + values.detach())).square()
         beside = beside + 0.5 * config.critic.coefficient * (weights * error).sum()
         metrics["value_error_sum"] = error.detach().sum()
-        mean, deviation = part.whitening
-        advantages = (estimated - mean) / deviation
-    elif (costs := _costs(part, config)) is not None:
-        advantages = advantages - segments.to_go(costs, part.sequence)
+        advantages = estimated
+    else:
+        advantages = token_advantages(part, config)
+    mean, deviation = part.whitening
+    advantages = (advantages - mean) / deviation
     losses, clipped = SURROGATES[config.kind](learnt, old, advantages, part.sequence, config)
     metrics["clipped"] = clipped.sum().float()
     return (weights * corrected * losses).sum() + beside, metrics
 
 
+def whitens(config: LossConfig) -> bool:
+    """Whether advantages are brought to mean 0 and deviation 1 over the batch by the learner."""
+    if config.critic.coefficient:
+        return config.critic.whiten
+    return config.kl.whiten and config.kl.in_reward
+
+
 @torch.no_grad()
-def critic_advantages(part: Part, config: LossConfig) -> Tensor:
-    """Advantages from the critic's values, not whitened; float32[N], without gradient."""
-    rewards = gae.at_the_end(part.advantages, part.sequence)
+def token_advantages(part: Part, config: LossConfig) -> Tensor:
+    """The credit of each token less what follows in costs, or from a critic's values.
+
+    float32[N], not whitened, without gradient.
+    """
     costs = _costs(part, config)
+    if not config.critic.coefficient:
+        credit = part.advantages.float()
+        return credit if costs is None else credit - segments.to_go(costs, part.sequence)
+    rewards = gae.at_the_end(part.advantages, part.sequence)
     if costs is not None:
         rewards = rewards - costs
     values = _given(part.values, "value")
@@ -164,7 +178,7 @@ def critic_advantages(part: Part, config: LossConfig) -> Tensor:
 @torch.no_grad()
 def _costs(part: Part, config: LossConfig) -> Tensor | None:
     """What each token's divergence takes from its reward; None where it takes nothing."""
-    if not config.kl.coefficient or config.kl.place != "reward":
+    if not config.kl.in_reward:
         return None
     reference = _given(part.reference, "reference").float()
     now = part.logprobs.detach().float()

@@ -4,16 +4,18 @@
 
 One attempt at a task is enough (`group_size=1`); where there are several, a group in which all did
 equally well still teaches, compared with the other tasks. The KL term lies in the reward, k1 at
-each token (`loss.kl`). Hu et al., 2025 (arXiv:2501.03262).
+each token (`loss.kl`), and is taken away before the batch is normalised. Hu et al., 2025
+(arXiv:2501.03262).
 
 With a baseline the mean of the group is taken away first, and the batch's deviation divides; that
 one needs contrast within a group, and has its KL term in the loss, k2.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from lightning_ray.algorithms.base import FloatArray
+from lightning_ray.algorithms.base import FloatArray, Group
+from lightning_ray.algorithms.config import AlgorithmConfig
 from lightning_ray.algorithms.credit import GroupRelative
 
 
@@ -22,13 +24,29 @@ class ReinforcePP(GroupRelative):
 
     name = "reinforce_pp"
     losses = ("clipped", "policy_gradient")
-    needs: ClassVar[Mapping[str, Any]] = {"normalize": "batch"}
+    needs: ClassVar[Mapping[str, Any]] = {
+        "normalize": "batch",
+        "loss.kl.place": "reward",
+        "loss.kl.whiten": True,
+    }
     needs_contrast = False
     fewest = 1
+
+    def __init__(self, config: AlgorithmConfig) -> None:
+        """Raises UserError for settings that make another algorithm of it."""
+        super().__init__(config)
+        # What is normalised is the reward less the KL term, which the learner alone knows.
+        self.zero_teaches = config.loss.kl.in_reward
 
     def advantages(self, rewards: FloatArray) -> FloatArray:
         """The rewards themselves."""
         return rewards
+
+    def finish_batch(
+        self, groups: Sequence[Group], credits: Sequence[FloatArray]
+    ) -> list[FloatArray]:
+        """Normalised over the batch, here or by the learner."""
+        return list(credits) if self.zero_teaches else super().finish_batch(groups, credits)
 
 
 class ReinforcePPBaseline(GroupRelative):

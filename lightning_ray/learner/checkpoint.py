@@ -38,7 +38,9 @@ def shape_of(config: LearnerConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "zero_stage": config.zero_stage,
         "lora.rank": config.lora.rank,
-        "critic_rate": config.critic_rate,
+        "lora.alpha": config.lora.alpha,
+        "lora.targets": list(config.lora.targets),
+        "critic": config.critic_rate > 0,
     }
 
 
@@ -47,13 +49,16 @@ def require_shape(folder: Path, saved: Mapping[str, Any], config: LearnerConfig)
     for name, here in shape_of(config).items():
         # An older one does not say all of them.
         there = saved.get(name, here)
-        # How fast a critic learns may change; whether there is one may not.
-        same = bool(there) == bool(here) if name == "critic_rate" else there == here
-        if not same:
+        if there == here:
+            continue
+        if name == "critic":
             raise UserError(
-                f"the checkpoint {folder} was saved with learner.{name}={there}; set that, it is "
-                f"{here}"
+                f"the checkpoint {folder} was saved {'with' if there else 'without'} a critic; "
+                "algorithm.loss.critic.coefficient says whether there is one"
             )
+        raise UserError(
+            f"the checkpoint {folder} was saved with learner.{name}={there}; set that, it is {here}"
+        )
 
 
 def save_generators(path: Path) -> None:

@@ -17,11 +17,12 @@ ADAPTER = "default"
 _BASE = ".base_layer."
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> None:
+def add_lora(model: Any, config: LoraConfig) -> None:
     """Gives the model its additions in place; everything else no longer has a gradient.
 
     Raises:
-        UserError: no module of the model is called as `config.targets` says.
+        UserError: no module of the model is called as `config.targets` says, or it is the input
+            embedding or the output head, which the learner computes by itself.
     """
     from peft import inject_adapter_in_model
 
@@ -29,6 +30,12 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
         inject_adapter_in_model(_settings(config), model, ADAPTER)
     except ValueError as error:
         raise UserError(f"learner.lora.targets={config.targets}: {error}") from error
+    for place in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(place, "base_layer"):
+            raise UserError(
+                f"learner.lora.targets={config.targets}: the input embedding and the output head "
+                "cannot have an addition; name other modules, or all-linear"
+            )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 

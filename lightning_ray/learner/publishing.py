@@ -18,11 +18,15 @@ def whole_weights(model: nn.Module, dtype: torch.dtype, wanted: bool) -> dict[st
     All ranks call it at the same time: with ZeRO 3 each has a part of every weight.
     """
     weights: dict[str, Tensor] = {}
+    copied: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         # One at a time: the whole model need not fit beside what a rank has.
         with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
             if wanted:
-                weights[name] = value.detach().to("cpu", dtype, copy=True)
+                # What has two names, as a head that is the embedding, is one tensor here too.
+                if id(value) not in copied:
+                    copied[id(value)] = value.detach().to("cpu", dtype, copy=True)
+                weights[name] = copied[id(value)]
     return weights
 
 

@@ -1,5 +1,6 @@
 """What one training step did, in numbers that mean the same for any number of ranks and rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -45,3 +46,20 @@ class StepReport:
     """Oldest version that sampled a token of the batch; -1 for an empty batch."""
     max_version: int
     """Newest one."""
+
+
+def averages(totals: Mapping[str, float]) -> dict[str, float]:
+    """Those of a report's fields that are averages over tokens, from the sums of `Totals`."""
+    tokens = max(1.0, totals["tokens"])
+    sums = {
+        "logprob_difference": "difference_sum",
+        "logprob_abs_difference": "abs_difference_sum",
+        "clip_fraction": "clipped",
+        "masked_fraction": "masked",
+        "divergence": "divergence_sum",
+        "value_error": "value_error_sum",
+        "entropy": "entropy_sum",
+        "ratio_mean": "ratio_sum",
+    }
+    means = {name: totals[total] / tokens for name, total in sums.items()}
+    return {**means, "ratio_max": totals["ratio_max"]}

@@ -43,7 +43,7 @@ from lightning_ray.learner.deepspeed_settings import (
 )
 from lightning_ray.learner.folders import commit_folder, partial_folder
 from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
-from lightning_ray.learner.report import StepReport
+from lightning_ray.learner.report import StepReport, averages
 from lightning_ray.learner.schedule import learning_rate
 from lightning_ray.trajectories.batch import list_arrays
 
@@ -137,7 +137,6 @@ class LearnerWorker:
             self._set_rate(learning_rate(self.config, self._steps))
             self.engine.step()
         versions = _trainable_values(batch, "versions")
-        tokens = max(1.0, totals["tokens"])
         return StepReport(
             step=self._steps,
             skipped=self._skipped(packed, totals["loss"]),
@@ -150,15 +149,7 @@ class LearnerWorker:
             total_tokens=packed.total_tokens,
             computed_tokens=packed.distinct_tokens,
             rows=len(packed.rows),
-            logprob_difference=totals["difference_sum"] / tokens,
-            logprob_abs_difference=totals["abs_difference_sum"] / tokens,
-            clip_fraction=totals["clipped"] / tokens,
-            masked_fraction=totals["masked"] / tokens,
-            divergence=totals["divergence_sum"] / tokens,
-            value_error=totals["value_error_sum"] / tokens,
-            entropy=totals["entropy_sum"] / tokens,
-            ratio_mean=totals["ratio_sum"] / tokens,
-            ratio_max=totals["ratio_max"],
+            **averages(totals),
             min_version=int(versions.min()) if len(versions) else -1,
             max_version=int(versions.max()) if len(versions) else -1,
         )
@@ -204,6 +195,7 @@ class LearnerWorker:
         # Before anything is written, and on every rank, so that all of them raise or none.
         if Path(path).exists():
             raise FileExistsError(f"{path} exists and is never overwritten")
+        torch.distributed.barrier()
         from lightning_ray.learner.publishing import whole_weights, write_model
 
         model = self.engine.module.model
@@ -261,8 +253,11 @@ class LearnerWorker:
         load_generators(folder / f"random-{self.rank}.pickle")
         self._steps = saved["learner"]["steps"]
         # What the optimiser had is right for the weights; what the user has now set counts.
-        for group in self.engine.optimizer.param_groups:
+        for group, rate in zip(
+            self.engine.optimizer.param_groups, (1.0, self.config.critic_rate), strict=False
+        ):
             group["weight_decay"] = self.config.weight_decay
+            group[RATE] = rate
         state: dict[str, Any] = saved["state"]
         return state
 
@@ -307,14 +302,14 @@ class LearnerWorker:
         """Add up the gradients of this rank's rows; returns sums and maxima over all ranks."""
         import torch
 
-        from lightning_ray.algorithms.losses import choose_loss
+        from lightning_ray.algorithms.losses import choose_loss, whitens
         from lightning_ray.learner.totals import Totals
 
         part_loss = choose_loss(loss_config, own, packed.total_weight())
         wanted = loss_config if own is None else LossConfig(aggregation=loss_config.aggregation)
         share = share_of_rank(packed.rows, self.rank, self.config.num_ranks)
         whitening = (0.0, 1.0)
-        if wanted.critic.coefficient and wanted.critic.whiten:
+        if whitens(wanted):
             whitening = self._whitening(share, wanted)
         totals = Totals(self.engine.device)
         for row in share:
@@ -329,7 +324,10 @@ class LearnerWorker:
             if not torch.isfinite(loss):
                 # A gradient may be finite where its loss is not. Poison it, so that DeepSpeed's own
                 # check sees it on every rank, clears up, and leaves the weights alone.
+                # Through all that has a gradient: every rank reduces the same of it.
                 loss = part.logprobs.sum() * math.nan
+                if part.values is not None:
+                    loss = loss + part.values.sum() * math.nan
             # DeepSpeed averages over ranks; the loss is a sum.
             self.engine.backward(loss * self.config.num_ranks)
         return totals.of_all_ranks()
@@ -360,16 +358,16 @@ class LearnerWorker:
         return part, entropy.detach()[entry]
 
     def _whitening(self, rows: list[Row], loss: LossConfig) -> tuple[float, float]:
-        """Mean and deviation of the critic's advantages over the whole batch."""
+        """Mean and deviation of the advantages over the whole batch."""
         import torch
 
-        from lightning_ray.algorithms.losses import critic_advantages
+        from lightning_ray.algorithms.losses import token_advantages
 
         sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
         with torch.no_grad():
             for row in rows:
                 part, _ = self._part(row, loss, (0.0, 1.0))
-                found = critic_advantages(part, loss).double()
+                found = token_advantages(part, loss).double()
                 sums += torch.stack([torch.ones_like(found), found, found.square()]).sum(dim=1)
         torch.distributed.all_reduce(sums)
         count, total, squares = sums.tolist()

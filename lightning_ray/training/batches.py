@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from lightning_ray.algorithms import Algorithm, AlgorithmConfig, Group, finish, overlong, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
+from lightning_ray.spans.rewards import by_attempt
 from lightning_ray.spans.rewards import rewards as held_rewards
 from lightning_ray.trajectories import (
     AttemptFacts,
@@ -31,6 +32,7 @@ from lightning_ray.trajectories import (
     inspect,
     members,
     recorded_errors,
+    require_rewards,
     step_rewards,
     tokens_per_call,
     with_advantages,
@@ -108,6 +110,10 @@ def make_batch(
     settings = AlgorithmConfig() if settings is None else settings
     credit = CreditConfig() if credit is None else credit
     steps = step_rewards(credit, held_rewards(spans)) if credit.steps else {}
+    # Also those that the agent, a service or a person gave; what the queue knows holds.
+    told = {} if credit.is_plain else by_attempt(spans)
+    rewards = {r.attempt_id: {**told.get(r.attempt_id, {}), **_rewards(r)} for r in graded}
+    require_rewards(credit, rewards.values())
     flat_checks = (None, Check.CONSTANT_GROUPS, Check.CONSTANT_BATCHES)
     usable: dict[str, list[Member]] = {}
     attempts: dict[str, list[str]] = {}
@@ -119,9 +125,9 @@ def make_batch(
             credit,
             attempt,
             record.spec.group_id,
-            _rewards(record),
+            rewards[attempt],
             steps.get(attempt, {}),
-            report.roles[attempt],
+            report.asked[attempt],
             lengths[attempt],
         )
         if parts is not None:
@@ -142,7 +148,8 @@ def make_batch(
             continue
         for member in (part for attempt in mine for part in usable[attempt]):
             compared.setdefault(member.group, []).append(member)
-    given, used, flat_too = _score(algorithm, settings, list(compared.items()))
+    totals = {attempt: sum(mine.values()) for attempt, mine in lengths.items()}
+    given, used, flat_too = _score(algorithm, settings, list(compared.items()), totals)
     chosen = pa.array(list(given), pa.string())
     kept = sequences.filter(pc.is_in(sequences["attempt_id"], value_set=chosen))
     kept, gone = cut_sequences(with_advantages(kept, by_token(kept, given)), most_tokens)
@@ -164,21 +171,24 @@ def make_batch(
     return kept, batch
 
 
+def _group(
+    name: str, mine: Sequence[Member], totals: Mapping[str, int], settings: AlgorithmConfig
+) -> Group:
+    """Members as an algorithm sees them; `totals` are the sampled tokens of whole attempts."""
+    worth = np.array([member.worth for member in mine])
+    whole = np.array([totals[member.attempt_id] for member in mine])
+    lengths = np.array([member.length for member in mine])
+    return Group(name, worth - overlong(whole, settings.overlong), lengths)
+
+
 def _score(
-    algorithm: Algorithm, settings: AlgorithmConfig, compared: Sequence[tuple[str, list[Member]]]
+    algorithm: Algorithm,
+    settings: AlgorithmConfig,
+    compared: Sequence[tuple[str, list[Member]]],
+    totals: Mapping[str, int],
 ) -> tuple[dict[str, dict[int, float]], int, int]:
     """Credit by attempt and call; how many groups are learnt from, and how many teach nothing."""
-    groups = [
-        overlong(
-            Group(
-                name,
-                np.array([member.worth for member in mine]),
-                np.array([member.length for member in mine]),
-            ),
-            settings.overlong,
-        )
-        for name, mine in compared
-    ]
+    groups = [_group(name, mine, totals, settings) for name, mine in compared]
     credits = [score(algorithm, settings.name, group) for group in groups]
     given: dict[str, dict[int, float]] = {}
     used = flat = 0

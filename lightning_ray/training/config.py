@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from lightning_ray.agents import AgentConfig
-from lightning_ray.algorithms import AlgorithmConfig, check_algorithm
+from lightning_ray.algorithms import AlgorithmConfig, make_algorithm, own_loss
 from lightning_ray.cluster import ClusterConfig, check_cluster
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import EvaluationConfig, check_evaluation
@@ -106,16 +106,24 @@ def check_rooms(config: TrainConfig) -> None:
         raise UserError(
             f"training.max_sequence_tokens={training.max_sequence_tokens}: must be 0 (any) or more"
         )
-    check_algorithm(config.algorithm)
+    algorithm = make_algorithm(config.algorithm)
     check_credit(config.credit)
-    if config.algorithm.loss.critic.coefficient and config.credit.by_call:
+    critic = algorithm.loss.critic
+    has_critic = critic.coefficient > 0 and own_loss(algorithm) is None
+    if has_critic and (config.credit.by_call or config.credit.roles):
         raise UserError(
-            "credit.steps and credit.discount give each call a return of its own, which a critic "
-            "estimates by itself; leave them out, or set algorithm.loss.critic.coefficient=0"
+            "credit.steps, credit.discount and credit.roles give each call a credit of its own, "
+            "which a critic estimates by itself; leave them out, or set "
+            "algorithm.loss.critic.coefficient=0"
+        )
+    needs_contrast = config.credit.is_plain and getattr(algorithm, "needs_contrast", True)
+    if config.algorithm.extra_rounds and not needs_contrast:
+        raise UserError(
+            f"algorithm.extra_rounds={config.algorithm.extra_rounds}: other tasks are tried in "
+            "place of groups with one reward throughout, which teach here as well; set it to 0"
         )
     check_inference(config.inference)
-    critic = config.algorithm.loss.critic
-    config.learner.critic_rate = critic.rate if critic.coefficient else 0.0
+    config.learner.critic_rate = critic.rate if has_critic else 0.0
     check_learner(config.learner)
     if config.learner.lora.rank and config.learner.lora.publish != "merged":
         raise UserError(

@@ -63,6 +63,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     """Checks every value that can be checked without reading spans. Raises UserError."""
     samples, tuning = config.samples, config.finetuning
     check_train(config)
+    config.learner.critic_rate = 0.0
     if not samples.runs:
         raise UserError("from= is needed: the run, or runs, whose spans are learnt from")
     chosen = {"min_reward": samples.min_reward, "where": samples.where, "sql": samples.sql}

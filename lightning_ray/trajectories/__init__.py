@@ -7,6 +7,7 @@ algorithm: rewards and credit are plain numbers, compared and put where they bel
 
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA
 from lightning_ray.trajectories.build import (
+    Asked,
     BuildReport,
     build_sequences,
     trainable_counts,
@@ -18,6 +19,7 @@ from lightning_ray.trajectories.credit import (
     by_token,
     check_credit,
     members,
+    require_rewards,
     step_rewards,
     tokens_per_call,
 )
@@ -42,6 +44,7 @@ from lightning_ray.trajectories.tree import Call, TokenTree, rebuild_trees
 
 __all__ = [
     "SEQUENCE_SCHEMA",
+    "Asked",
     "AttemptFacts",
     "BuildReport",
     "Call",
@@ -65,6 +68,7 @@ __all__ = [
     "members",
     "rebuild_trees",
     "recorded_errors",
+    "require_rewards",
     "step_rewards",
     "task_key",
     "task_keys",

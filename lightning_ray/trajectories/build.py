@@ -20,6 +20,18 @@ Credit = float | npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The calls of an attempt, in order of arrival; those with tokens are numbered from 0."""
+
+    total: int
+    """Model calls, those without tokens among them."""
+    places: tuple[int, ...]
+    """Which of them each call with tokens was, from 0."""
+    roles: tuple[str | None, ...]
+    """Which role asked, for each call with tokens."""
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """What went in, and what was left out and why."""
 
@@ -35,8 +47,8 @@ class BuildReport:
     """Attempt id to reason: its spans do not add up to what the engine saw. Left out whole."""
     empty: tuple[str, ...] = ()
     """Attempts without a single token to learn from: no call, or none of the policy's."""
-    roles: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
-    """Attempt id to the role of each of its calls, whoever answered them, in order of arrival."""
+    asked: Mapping[str, Asked] = field(default_factory=dict)
+    """Attempt id to what is known of its calls, whoever answered them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +91,7 @@ def build_sequences(
     calls = 0
     empty: list[str] = []
     left_out: dict[str, str] = {}
-    roles: dict[str, tuple[str | None, ...]] = {}
+    asked: dict[str, Asked] = {}
     for attempt_id, group_id in groups.items():
         if attempt_id in inexact:
             left_out[attempt_id] = inexact[attempt_id]
@@ -97,7 +109,11 @@ def build_sequences(
             left_out[attempt_id] = f"call {span_id} does not say which version sampled it"
             continue
         calls += len(tree.calls)
-        roles[attempt_id] = tuple(call.role for call in tree.calls)
+        asked[attempt_id] = Asked(
+            tree.asked,
+            tuple(call.place for call in tree.calls),
+            tuple(call.role for call in tree.calls),
+        )
         built = _rows_of(tree, group_id, trainable)
         rows += built
         if not built:
@@ -109,7 +125,7 @@ def build_sequences(
         trainable_tokens=sum(int(np.count_nonzero(row.trainable)) for row in rows),
         inexact=left_out,
         empty=tuple(empty),
-        roles=roles,
+        asked=asked,
     )
     return _table(rows, policy), report
 

@@ -9,7 +9,7 @@ exactly one member.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from lightning_ray.errors import UserError
 from lightning_ray.trajectories.batch import list_arrays
+from lightning_ray.trajectories.build import Asked
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -68,7 +69,8 @@ def check_credit(config: CreditConfig) -> None:
         for name, weight in weights.items():
             if not math.isfinite(weight):
                 raise UserError(f"credit.{place}.{name}: {weight} must be a finite number")
-    if not any(config.rewards.values()) and not any(config.steps.values()):
+    of_roles = [weight for weights in config.roles.values() for weight in weights.values()]
+    if not any([*config.rewards.values(), *config.steps.values(), *of_roles]):
         raise UserError("credit.rewards: every weight is 0, so nothing would be learnt; weigh one")
     if not 0 < config.discount <= 1:
         raise UserError(f"credit.discount: {config.discount} must be above 0 and at most 1")
@@ -83,6 +85,22 @@ def worth(
     if not needed.keys() <= rewards.keys():
         return None
     return sum(weight * rewards[name] for name, weight in needed.items())
+
+
+def require_rewards(config: CreditConfig, given: Iterable[Mapping[str, float]]) -> None:
+    """Refuses weights of rewards that nobody ever gave.
+
+    `given` are the rewards of the attempts that were graded, by name. Raises UserError.
+    """
+    known = {name for rewards in given for name in rewards}
+    for place, weights in {"rewards": config.rewards, **config.roles}.items():
+        for name, weight in weights.items():
+            if weight and known and name not in known:
+                where = "rewards" if weights is config.rewards else f"roles.{place}"
+                raise UserError(
+                    f"credit.{where}.{name}: no attempt of the step has a reward of that name; "
+                    f"there are: {', '.join(sorted(known))}"
+                )
 
 
 def returns(
@@ -116,7 +134,7 @@ def members(
     group: str,
     rewards: Mapping[str, float],
     steps: Mapping[int, float],
-    roles: Sequence[str | None],
+    asked: Asked,
     lengths: Mapping[int, int],
 ) -> list[Member] | None:
     """An attempt as what is compared; None where a reward that counts is missing.
@@ -125,13 +143,13 @@ def members(
         group: The attempts at one task.
         rewards: Of the attempt as a whole, by name.
         steps: The weighted sum of the rewards at each step (`step_rewards`).
-        roles: Of every call of the attempt.
+        asked: The attempt's calls.
         lengths: Tokens to learn from, by call; calls without any are not in it.
     """
     found: list[Member] = []
     by_role: dict[str | None, list[int]] = {}
     for call in sorted(lengths):
-        role = roles[call] if config.roles and roles[call] in config.roles else None
+        role = asked.roles[call] if asked.roles[call] in config.roles else None
         by_role.setdefault(role, []).append(call)
     for role, calls in by_role.items():
         value = worth(config, rewards, role)
@@ -142,9 +160,9 @@ def members(
             length = sum(lengths[call] for call in calls)
             found.append(Member(attempt_id, name, tuple(calls), value, length))
             continue
-        following = returns(config, len(roles), value, steps)
+        following = returns(config, asked.total, value, steps)
         found += [
-            Member(attempt_id, name, (call,), float(following[call]), lengths[call])
+            Member(attempt_id, name, (call,), float(following[asked.places[call]]), lengths[call])
             for call in calls
         ]
     return found

@@ -9,6 +9,7 @@ What the store says in `continues` is how a call was compressed, not how the tre
 calls may share a prefix in storage without one exactly continuing the other.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ class Call:
     """The span id of the call whose prefix this one was stored against."""
     role: str | None = None
     """Which part of the agent's system asked; None where nobody recorded it."""
+    place: int = 0
+    """Which of the attempt's model calls it was, from 0, those without tokens among them."""
 
     @property
     def prompt_length(self) -> int:
@@ -60,6 +63,8 @@ class TokenTree:
     calls: tuple[Call, ...]
     parents: tuple[int | None, ...]
     """For each call the index of the longest call that its prompt begins with, else None."""
+    asked: int
+    """Model calls of the attempt, those without tokens among them."""
 
     def leaves(self) -> list[int]:
         """Indices of the calls that no other call exactly continues, in order of arrival."""
@@ -103,7 +108,9 @@ def rebuild_trees(spans: pa.Table) -> tuple[list[TokenTree], dict[str, str]]:
     """
     by_attempt: dict[str, list[_StoredCall]] = defaultdict(list)
     rollouts: dict[str, str] = {}
+    asked: dict[str, list[int]] = defaultdict(list)
     for attempt_id, rollout_id, stored in _model_calls(spans):
+        asked[attempt_id].append(stored.call.sequence)
         if stored.added is None and (
             stored.call.status is not SpanStatus.OK or stored.call.version is None
         ):
@@ -116,12 +123,17 @@ def rebuild_trees(spans: pa.Table) -> tuple[list[TokenTree], dict[str, str]]:
     inexact: dict[str, str] = {}
     for attempt_id, stored_calls in by_attempt.items():
         stored_calls.sort(key=lambda stored: stored.call.sequence)
+        sequences = sorted(asked[attempt_id])
         try:
-            calls = _rebuild(stored_calls)
+            calls = tuple(
+                replace(call, place=bisect_left(sequences, call.sequence))
+                for call in _rebuild(stored_calls)
+            )
         except _InexactError as reason:
             inexact[attempt_id] = str(reason)
             continue
-        trees.append(TokenTree(attempt_id, rollouts[attempt_id], calls, _exact_parents(calls)))
+        parents = _exact_parents(calls)
+        trees.append(TokenTree(attempt_id, rollouts[attempt_id], calls, parents, len(sequences)))
     return trees, inexact
 
 

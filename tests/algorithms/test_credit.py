@@ -95,24 +95,32 @@ def test_a_group_without_contrast_teaches_beside_others_where_the_batch_is_the_b
     good, bad = credit_of("reinforce_pp", [[1.0, 1.0], [0.0, 0.0]])
     assert (good > 0).all() and (bad < 0).all()
     assert make_algorithm(settings_of("reinforce_pp", "algorithm.group_size=1"))
+    # With a KL term in the reward the learner normalises, once that was taken away.
+    settings = settings_of("reinforce_pp", "algorithm.loss.kl.coefficient=0.1")
+    algorithm = make_algorithm(settings)
+    groups = groups_of([[1.0, 0.0], [0.0, 0.0]])
+    credits = [score(algorithm, "reinforce_pp", one) for one in groups]
+    assert [one.tolist() for one in finish(algorithm, "reinforce_pp", groups, credits)] == [
+        [1.0, 0.0],
+        [0.0, 0.0],
+    ]
+    assert algorithm.zero_teaches  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
     ("lengths", "penalties"),
-    [([100, 60, 50], [1.0, 0.5, 0.0]), ([1, 99, 101], [0.0, 0.975, 1.0])],
+    [([100, 60, 50], [1.0, 0.0, 0.0]), ([1, 99, 101], [0.0, 0.975, 1.0])],
 )
 def test_answers_near_the_longest_that_is_wanted_lose_reward(
     lengths: list[int], penalties: list[float]
 ) -> None:
     # Worked by hand: from 60 tokens on the penalty grows, at 100 it is full.
     config = OverlongConfig(max_tokens=100, buffer=40)
-    group = Group("g", np.ones(3), np.array(lengths))
-    if lengths == [100, 60, 50]:
-        penalties = [1.0, 0.0, 0.0]
-    np.testing.assert_allclose(overlong(group, config).rewards, 1 - np.array(penalties))
-    assert overlong(group, OverlongConfig()) is group
-    cliff = overlong(group, OverlongConfig(max_tokens=99))
-    np.testing.assert_allclose(cliff.rewards, [0.0 if n > 99 else 1.0 for n in lengths])
+    np.testing.assert_allclose(overlong(np.array(lengths), config), penalties)
+    assert not overlong(np.array(lengths), OverlongConfig()).any()
+    # Without a buffer it is a cliff, which an answer cut at the limit falls from.
+    cliff = overlong(np.array(lengths), OverlongConfig(max_tokens=99, penalty=0.5))
+    np.testing.assert_allclose(cliff, [0.5 if n >= 99 else 0.0 for n in lengths])
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,8 @@ def test_answers_near_the_longest_that_is_wanted_lose_reward(
         ("dapo", ["algorithm.loss.epsilon_high=0.2"], "dapo needs more than epsilon_low=0.2"),
         ("gspo", ["algorithm.loss.kind=clipped"], "algorithm=gspo sets it"),
         ("dr_grpo", ["algorithm.normalize=group"], "dr_grpo needs none"),
+        ("rloo", ["algorithm.normalize=group"], "rloo needs none"),
+        ("reinforce_pp", ["algorithm.loss.kl.place=loss"], "reinforce_pp needs reward"),
         ("reinforce_pp", ["algorithm.normalize=none"], "reinforce_pp needs batch"),
         ("ppo", ["algorithm.loss.critic.coefficient=0"], "ppo needs a critic"),
         ("ppo", ["algorithm.loss.critic.trace=2"], "must lie between 0 and 1"),

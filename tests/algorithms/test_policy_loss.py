@@ -19,7 +19,12 @@ from lightning_ray.algorithms.config import (
     CriticConfig,
     KlConfig,
 )
-from lightning_ray.algorithms.losses import choose_loss, policy_loss
+from lightning_ray.algorithms.losses import (
+    choose_loss,
+    policy_loss,
+    token_advantages,
+    whitens,
+)
 from lightning_ray.algorithms.surrogates import SURROGATES
 from lightning_ray.errors import UserError
 
@@ -107,6 +112,19 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts(sequences, combination, c
         found = [one[name].item() for _, one in parts]
         combined = max(found) if name == "ratio_max" else sum(found)
         assert value.item() == pytest.approx(combined, rel=1e-3, abs=1e-3), name
+
+
+def test_credit_less_its_costs_is_whitened_where_that_is_asked_for() -> None:
+    # One sequence: divergences 0.5 and 0.25, so 0.75 and 0.25 to go; times 2 off a credit of 3.
+    tokens = [Token(-1.0, -1.0, 3.0, 0.5, -1.5, 0.0), Token(-1.0, -1.0, 3.0, 0.5, -1.25, 0.0)]
+    part = part_of([tokens])
+    config = LossConfig(kl=KlConfig(2.0, "k1", "reward", whiten=True))
+    assert whitens(config) and not whitens(LossConfig(kl=KlConfig(0.0, "k1", "reward", True)))
+    assert token_advantages(part, config).tolist() == pytest.approx([1.5, 2.5])
+    loss, _ = policy_loss(type(part)(**{**vars(part), "whitening": (2.0, 0.5)}), config)
+    assert loss.item() == pytest.approx(0.0)  # -0.5 * -1 - 0.5 * 1
+    loss.backward()
+    assert part.logprobs.grad.tolist() == pytest.approx([0.5, -0.5])
 
 
 def test_a_sequence_ratio_is_the_geometric_mean_with_the_gradient_of_the_whole() -> None:

@@ -104,3 +104,15 @@ def test_modules_can_be_named_and_one_that_is_not_there_is_said(model_dir, tmp_p
     assert added == {"q_proj", "v_proj"}
     with pytest.raises(UserError, match=r"learner.lora.targets=\['nothing'\]"):
         start(model_dir, lora=dataclasses.replace(LORA, targets=["nothing"]))
+    for targets in (["embed_tokens"], ["q_proj", "lm_head"]):
+        with pytest.raises(UserError, match="cannot have an addition"):
+            start(model_dir, lora=dataclasses.replace(LORA, targets=targets))
+
+
+def test_a_checkpoint_of_other_additions_is_refused(model_dir, tmp_path) -> None:
+    worker = trained(model_dir, lora=LORA)
+    worker.save_checkpoint(str(tmp_path / "saved"), {})
+    for other in ({"alpha": 16.0}, {"targets": ["q_proj"]}, {"rank": 2}):
+        another = start(model_dir, lora=dataclasses.replace(LORA, **other))
+        with pytest.raises(UserError, match=rf"was saved with learner.lora.{next(iter(other))}="):
+            another.load_checkpoint(str(tmp_path / "saved"))

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from lightning_ray.algorithms import AlgorithmConfig, LossConfig, make_algorithm
-from lightning_ray.algorithms.config import OverlongConfig
+from lightning_ray.algorithms.config import KlConfig, OverlongConfig
 from lightning_ray.errors import UserError
 from lightning_ray.rollouts import (
     AttemptOutcome,
@@ -342,7 +342,8 @@ def test_a_small_group_is_left_out_and_counted() -> None:
 
 
 def test_a_batch_as_the_baseline_needs_no_contrast_within_a_group() -> None:
-    settings = AlgorithmConfig(name="reinforce_pp", normalize="batch")
+    loss = LossConfig(kl=KlConfig(place="reward", whiten=True))
+    settings = AlgorithmConfig(name="reinforce_pp", normalize="batch", loss=loss)
     algorithm = make_algorithm(settings)
     records = [record("a", "g", 1.0), record("b", "g", 1.0), record("c", "h", 0.0)]
     rows = calls("a/1", [1]) + calls("b/1", [2]) + calls("c/1", [3]) + ends(records)
@@ -399,6 +400,38 @@ def test_named_rewards_are_weighed_and_an_attempt_without_one_is_left_out() -> N
     # The reward alone is constant, what the attempts are worth is not.
     _, batch = make_batch(records, spans, ALGORITHM, "policy", credit=credit)
     assert batch.advantages == {"a/1": 1.0, "b/1": -1.0} and batch.left_out == 1
+
+
+def test_a_reward_that_the_agent_gave_counts_and_one_that_nobody_gave_is_refused() -> None:
+    records = [record("a", "g", 0.0), record("b", "g", 0.0)]
+    rows = calls("a/1", [1]) + calls("b/1", [2]) + ends(records)
+    for name, value in (("a", 1.0), ("b", 0.0)):
+        place = {"run_id": "run", "rollout_id": name, "attempt_id": f"{name}/1"}
+        given = span(SpanKind.REWARD, "brief", value=value, source="agent", **place)
+        rows.append({**given, "sequence": 9})
+    spans = pa.Table.from_batches([to_batch(rows)])
+    credit = CreditConfig({"reward": 1.0, "brief": 2.0})
+    _, batch = make_batch(records, spans, ALGORITHM, "policy", credit=credit)
+    assert batch.advantages == {"a/1": 1.0, "b/1": -1.0}
+    with pytest.raises(UserError, match=r"credit.rewards.brevity: no attempt .* brief, reward"):
+        make_batch(records, spans, ALGORITHM, "policy", credit=CreditConfig({"brevity": 1.0}))
+
+
+def test_an_algorithm_is_not_asked_about_a_batch_without_groups() -> None:
+    class Finishing:
+        loss = LossConfig()
+
+        def score_group(self, group: Any) -> Any:
+            return group.rewards
+
+        def finish_batch(self, groups: Any, credits: Any) -> Any:
+            return np.split(np.concatenate(credits), len(groups))
+
+    records = [record("a", "g", 1.0), record("b", "g", 1.0)]
+    rows = calls("a/1", [1]) + calls("b/1", [2]) + ends(records)
+    spans = pa.Table.from_batches([to_batch(rows)])
+    _, batch = make_batch(records, spans, Finishing(), "policy")
+    assert (batch.rows, batch.flat_groups) == (0, 1)
 
 
 def test_each_call_has_its_own_credit_where_steps_have_rewards() -> None:

@@ -11,12 +11,14 @@ from lightning_ray.errors import UserError
 from lightning_ray.spans import SpanKind, span
 from lightning_ray.spans.rewards import rewards
 from lightning_ray.trajectories import (
+    Asked,
     CreditConfig,
     build_sequences,
     by_token,
     check_credit,
     cut_sequences,
     members,
+    require_rewards,
     step_rewards,
     tokens_per_call,
     with_advantages,
@@ -58,11 +60,12 @@ def test_an_attempt_is_worth_the_weighted_sum_of_its_rewards() -> None:
 
 
 def test_members_are_an_attempt_a_roles_part_of_it_or_a_call() -> None:
-    roles, lengths = ["planner", "solver", "planner"], {0: 5, 2: 7, 1: 3}
+    asked = Asked(3, (0, 1, 2), ("planner", "solver", "planner"))
+    lengths = {0: 5, 2: 7, 1: 3}
     given = {"reward": 1.0, "right": 0.5}
 
     def of(config: CreditConfig, steps: dict[int, float] | None = None) -> list[tuple]:
-        found = members(config, "a", "g", given, steps or {}, roles, lengths)
+        found = members(config, "a", "g", given, steps or {}, asked, lengths)
         assert found is not None
         return [(one.group, one.calls, one.worth, one.length) for one in found]
 
@@ -81,8 +84,31 @@ def test_members_are_an_attempt_a_roles_part_of_it_or_a_call() -> None:
         ("g", (2,), 1.0, 7),
         ("g solver", (1,), 0.25, 3),
     ]
+    # A call without tokens in between is a step as well.
+    asked = Asked(4, (0, 2, 3), ("planner", "solver", "planner"))
+    assert [worth for _, _, worth, _ in of(by_step, {1: 0.5, 2: 0.25})] == [1.75, 1.25, 1.0]
     # Whoever has nothing to learn from is no member, and what is missing is missing for all.
-    assert members(CreditConfig(), "a", "g", {}, {}, roles, lengths) is None
+    assert members(CreditConfig(), "a", "g", {}, {}, asked, lengths) is None
+
+
+def test_a_weight_for_a_reward_that_nobody_gave_is_refused() -> None:
+    given = [{"reward": 1.0}, {"reward": 0.0, "brief": 1.0}]
+    require_rewards(CreditConfig({"reward": 1.0, "brief": 1.0, "other": 0.0}), given)
+    require_rewards(CreditConfig({"brevity": 1.0}), [])
+    with pytest.raises(UserError, match=r"credit.rewards.brevity: .* there are: brief, reward"):
+        require_rewards(CreditConfig({"brevity": 1.0}), given)
+    with pytest.raises(UserError, match=r"credit.roles.planner.plan"):
+        require_rewards(CreditConfig(roles={"planner": {"plan": 1.0}}), given)
+
+
+def test_calls_without_tokens_have_their_place_among_the_others() -> None:
+    rows = [
+        call("a", [1, 2], 1),
+        call("u", None, 0, policy="upstream", version=None, sequence=1),
+        call("b", [3, 4], 1, sequence=2),
+    ]
+    asked = build_sequences(table(rows), {"r0/0": "g0"}, "main")[1].asked["r0/0"]
+    assert (asked.total, asked.places) == (3, (0, 2))
 
 
 def test_rewards_at_steps_are_weighed_and_the_last_of_a_name_holds() -> None:
