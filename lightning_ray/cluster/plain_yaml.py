@@ -18,7 +18,10 @@ PlainDumper.add_implicit_resolver(
     re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
-# YAML 1.2 has octal numbers of its own.
+# As the reader of Kubernetes has them: more kinds of numbers, and letters that are yes and no.
 PlainDumper.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?0o[0-7]+$"), list("-+0")
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?0([oO][0-7_]+|[xX][0-9a-fA-F_]+|[bB][01_]+)$"),
+    list("-+0"),
 )
+PlainDumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^[yYnN]$"), list("yYnN"))

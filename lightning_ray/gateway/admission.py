@@ -82,5 +82,10 @@ class Attempts:
             return
         self._known[capability] = identity, time.monotonic()
         self._known.move_to_end(capability)
-        if len(self._known) > MOST:
+        # The oldest come first. They hold their attempts' prompts, and say nothing any more.
+        while len(self._known) > MOST or self._oldest() > KNOWN_S:
             self._known.popitem(last=False)
+
+    def _oldest(self) -> float:
+        """How long ago the first of them was let in, seconds."""
+        return time.monotonic() - next(iter(self._known.values()))[1]

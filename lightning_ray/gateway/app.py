@@ -247,8 +247,9 @@ class Gateway:
         role = self._role(path, body, request)
         answerer = self._answerers[role.policy]
         call = Call(path, content, body, role, identity, answerer, {})
-        if answerer.upstream is not None or identity.note_messages:
-            # An upstream is paid for, and messages are noted with the reply.
+        if answerer.upstream is not None or identity.note_messages or body.get("stream"):
+            # An upstream is paid for, messages are noted with the reply, and of a stream nothing is
+            # kept for a retry until it was passed on.
             await admission.identity()
             return await self._forward.call(call, request)
         return await admission.meanwhile(self._forward.call(call, request))

@@ -11,7 +11,8 @@ from lightning_ray.errors import InfrastructureError, own_error
 
 RETRY_EVERY_S = 0.2
 TRY_S = 10.0
-"""One try. Ray may neither answer a call that meets its actor's death nor say that it is lost."""
+"""One try, at most, and at most a quarter of the time that there is. Ray may neither answer a call
+that meets its actor's death nor say that it is lost."""
 
 
 class RestartingError(InfrastructureError):
@@ -23,15 +24,16 @@ def ask(
 ) -> Any:
     """The answer to a call that may be repeated. Raises InfrastructureError after `timeout_s`.
 
-    `wait_s`: for how long the queue may keep the call on purpose. What is not answered TRY_S
-    seconds after that is asked once more.
+    `wait_s`: for how long the queue may keep the call on purpose. What is not answered some seconds
+    after that (TRY_S) is asked once more.
     """
     deadline = time.monotonic() + timeout_s
+    one_try = wait_s + min(TRY_S, (timeout_s - wait_s) / 4)
     why = ""
     while True:
         left = max(0.0, deadline - time.monotonic())
         try:
-            return ray.get(make(), timeout=min(left, wait_s + TRY_S))
+            return ray.get(make(), timeout=min(left, one_try))
         except ray.exceptions.GetTimeoutError as error:
             if time.monotonic() >= deadline:
                 raise _late(what, timeout_s, why) from error
@@ -47,11 +49,12 @@ async def ask_async(
 ) -> Any:
     """As `ask`, for a caller that runs an event loop."""
     deadline = time.monotonic() + timeout_s
+    one_try = wait_s + min(TRY_S, (timeout_s - wait_s) / 4)
     why = ""
     while True:
         left = max(0.0, deadline - time.monotonic())
         try:
-            return await asyncio.wait_for(make(), min(left, wait_s + TRY_S))
+            return await asyncio.wait_for(make(), min(left, one_try))
         except TimeoutError as error:
             if time.monotonic() >= deadline:
                 raise _late(what, timeout_s, why) from error

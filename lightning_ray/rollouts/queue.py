@@ -206,14 +206,20 @@ class RolloutQueue:
         self._wake(len(queued))
         return queued
 
-    async def cancelled(self, attempt_id: str) -> None:
-        """Returns when the attempt is over: cancelled, overdue, replaced or reported.
+    async def cancelled(self, attempt_id: str, wait_s: float | None = None) -> bool:
+        """Whether the attempt is over: cancelled, overdue, replaced or reported.
 
-        Its worker waits here beside the agent. Nothing may wait on after the attempt, for Ray does
-        not end a call whose caller lost interest, and an actor has only so many.
+        Waits for that, at most `wait_s` seconds. Its worker waits here beside the agent. Nothing
+        may wait on after the attempt, for Ray does not end a call whose caller lost interest, and
+        an actor has only so many.
         """
         if self._lives.live(attempt_id):
-            await self._over.setdefault(attempt_id, asyncio.Event()).wait()
+            over = self._over.setdefault(attempt_id, asyncio.Event())
+            try:
+                await asyncio.wait_for(over.wait(), wait_s)
+            except TimeoutError:
+                return False
+        return True
 
     async def resolve(self, capability: str, telling: bool = False) -> Identity | None:
         """Whom a capability stands for while its attempt lives; `telling`, a while longer."""

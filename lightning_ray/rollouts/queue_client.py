@@ -49,7 +49,10 @@ class QueueClient:
     def retry(self, rollout_ids: Sequence[str], timeout_s: float = 30.0) -> list[str]:
         """Queues ended rollouts again; returns those that had ended."""
         ids = list(rollout_ids)
-        queued: list[str] = ask(lambda: self.actor.retry.remote(ids), timeout_s, "retry rollouts")
+        # Once: made again it would queue what has meanwhile ended once more.
+        queued: list[str] = ask(
+            lambda: self.actor.retry.remote(ids), timeout_s, "retry rollouts", timeout_s
+        )
         return queued
 
     def counts(self, timeout_s: float = 30.0) -> Counts:

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 DEQUEUE_WAIT_S = 10.0
 RETIRE_TIMEOUT_S = 3.0
+WATCH_S = 60.0
+"""How long one question whether an attempt goes on is left with the queue, seconds."""
 ASK_TIMEOUT_S = 60.0
 """How long a queue that restarts is waited for."""
 SHOWN_CHARACTERS = 2000
@@ -191,8 +193,12 @@ class RolloutWorker:
 async def _watch(queue: ActorHandle, attempt_id: str) -> None:
     while True:
         try:
-            await queue.cancelled.remote(attempt_id)
-            return
+            # Again and again: Ray may lose a call that meets the queue's death, and not say so.
+            waiting = queue.cancelled.remote(attempt_id, WATCH_S)
+            if await asyncio.wait_for(waiting, WATCH_S + ASK_TIMEOUT_S):
+                return
+        except TimeoutError:
+            log.info("the rollout queue did not say whether %s goes on; asking again", attempt_id)
         except ray.exceptions.ActorUnavailableError:
             # It restarts, and knows then whether the attempt may go on.
             await asyncio.sleep(RETRY_EVERY_S)

@@ -80,6 +80,7 @@ def mask_columns(columns: Mapping[str, pa.Array]) -> dict[str, pa.Array]:
     texts = pc.replace_with_mask(texts, suspect, found)
     masked_columns, begin = {}, 0
     for name, column in columns.items():
-        masked_columns[name] = texts.slice(begin, len(column))
+        # Copied: a slice would take all of the texts along wherever it is sent.
+        masked_columns[name] = pa.concat_arrays([texts.slice(begin, len(column))])
         begin += len(column)
     return masked_columns

@@ -55,7 +55,9 @@ def test_a_finding_that_is_not_ok_says_what_to_change() -> None:
 
 
 @settings(max_examples=10)
-@example(["python", "0E0", "1e5", ".5e3", "0o17", "1_000"], ["0E0", "12e-3", "2026-11-26"])
+@example(
+    ["python", "0E0", "1e5", ".5e3", "0o17", "0X1F", "1_000", "y"], ["0E0", "12e-3", "2026-11-26"]
+)
 @given(st.lists(WORDS, min_size=1, max_size=4), st.lists(WORDS, min_size=1, max_size=3))
 def test_the_experiment_that_is_proposed_is_the_agent_that_was_examined(
     tmp_path_factory: pytest.TempPathFactory, command: list[str], models: list[str]

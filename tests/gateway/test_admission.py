@@ -155,6 +155,7 @@ def test_what_was_said_long_ago_or_of_others_lets_nobody_go_ahead(
         monkeypatch.setattr(admission, "KNOWN_S", 0.0)
         assert attempts.ask("capability").expected is None
         monkeypatch.setattr(admission, "KNOWN_S", 30.0)
+        assert attempts.ask("capability").expected == WHO
         monkeypatch.setattr(admission, "MOST", 1)
         newer = attempts.ask("newer")
         queue.asked[-1].set_result(WHO)
@@ -162,5 +163,21 @@ def test_what_was_said_long_ago_or_of_others_lets_nobody_go_ahead(
         await turns()
         assert attempts.ask("newer").expected == WHO
         assert attempts.ask("capability").expected is None
+
+    played(play)
+
+
+def test_what_lets_nobody_go_ahead_any_more_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play(queue: Queue, attempts: Attempts) -> None:
+        await let_in_once(queue, attempts)
+        monkeypatch.setattr(admission, "KNOWN_S", 0.05)
+        await asyncio.sleep(0.1)
+        newer = attempts.ask("newer")
+        queue.asked[-1].set_result(WHO)
+        await newer.identity()
+        await turns()
+        monkeypatch.setattr(admission, "KNOWN_S", 30.0)
+        assert attempts.ask("capability").expected is None
+        assert attempts.ask("newer").expected == WHO
 
     played(play)

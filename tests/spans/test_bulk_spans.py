@@ -1,6 +1,7 @@
 """Arrow streams of spans from somebody who is not trusted."""
 
 import json
+import pickle
 import random
 import time
 from typing import Any
@@ -180,3 +181,15 @@ def test_depth_is_measured_without_parsing(values: list[Any]) -> None:
     texts = [None if value is None else json.dumps(value) for value in values]
     found = depths(pa.array(texts, pa.string())).to_pylist()
     assert found == [_depth(value) for value in values]
+
+
+def test_a_secret_in_one_text_makes_the_batch_no_larger_to_send() -> None:
+    texts = [json.dumps({"n": "x" * 900, "number": number}) for number in range(40)]
+    limits = TelemetryLimits(max_spans=50, max_depth=3)
+    sizes = []
+    for first in (texts[0], json.dumps({"url": "https://user:hidden@host/" + "x" * 875})):
+        made = table(40, attributes=[first, *texts[1:]])
+        batch, _ = read_bulk(arrow_stream(made), limits, PLACE, "agent")
+        assert "hidden" not in batch["attributes"][0].as_py()
+        sizes.append(len(pickle.dumps(batch)))
+    assert sizes[1] < 1.1 * sizes[0]
