@@ -5,14 +5,16 @@ token that the policy was given, that another policy sampled, or whose call was 
 trainable (the last unless asked for).
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from lightning_ray.spans.schema import SpanStatus
+from lightning_ray.spans.schema import ATTEMPT_SPAN, SpanKind, SpanStatus
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA, list_arrays, list_column
 from lightning_ray.trajectories.tree import Call, TokenTree, rebuild_trees
 
@@ -86,6 +88,7 @@ def build_sequences(
         tree on which nothing is trainable gives no row.
     """
     trees, inexact = rebuild_trees(spans)
+    ended = _ends(spans)
     by_attempt = {tree.attempt_id: tree for tree in trees}
     rows: list[_Row] = []
     calls = 0
@@ -100,8 +103,12 @@ def build_sequences(
         if tree is None:
             empty.append(attempt_id)
             continue
+        # What was sampled once the attempt was over is no part of what it was graded for.
+        end = ended.get(attempt_id, sys.maxsize)
         trainable = {
-            index for index, call in enumerate(tree.calls) if _learns(call, policy, train_aborted)
+            index
+            for index, call in enumerate(tree.calls)
+            if call.sequence < end and _learns(call, policy, train_aborted)
         }
         unversioned = [index for index in trainable if tree.calls[index].version is None]
         if unversioned:
@@ -181,6 +188,18 @@ def with_advantages(sequences: pa.Table, credit: Mapping[str, Credit]) -> pa.Tab
     column = list_column(offsets, advantages, pa.float32())
     field_index = SEQUENCE_SCHEMA.get_field_index("advantages")
     return sequences.set_column(field_index, SEQUENCE_SCHEMA.field(field_index), column)
+
+
+def _ends(spans: pa.Table) -> dict[str, int]:
+    """The place of each attempt's end among its spans, where its worker recorded one."""
+    rows = spans.filter(
+        pc.and_(
+            pc.equal(spans["kind"], SpanKind.RESOURCE.value), pc.equal(spans["name"], ATTEMPT_SPAN)
+        )
+    )
+    found = zip(rows["attempt_id"].to_pylist(), rows["sequence"].to_pylist(), strict=True)
+    # Spans that came through no store have no place yet.
+    return {attempt_id: sequence for attempt_id, sequence in found if sequence}
 
 
 def _learns(call: Call, policy: str, train_aborted: bool) -> bool:
