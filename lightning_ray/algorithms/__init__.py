@@ -8,30 +8,36 @@ an algorithm imports no torch; only `losses` does.
 from lightning_ray.algorithms.base import (
     ALGORITHMS,
     Algorithm,
-    AlgorithmConfig,
+    BatchAlgorithm,
     Group,
-    LossConfig,
     OwnLossAlgorithm,
     TokenLoss,
     check_algorithm,
+    finish,
     has_contrast,
     make_algorithm,
     own_loss,
     score,
-    token_weights,
 )
+from lightning_ray.algorithms.config import AlgorithmConfig, LossConfig, check_loss
+from lightning_ray.algorithms.credit import overlong
+from lightning_ray.algorithms.weights import token_weights
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "AlgorithmConfig",
+    "BatchAlgorithm",
     "Group",
     "LossConfig",
     "OwnLossAlgorithm",
     "TokenLoss",
     "check_algorithm",
+    "check_loss",
+    "finish",
     "has_contrast",
     "make_algorithm",
+    "overlong",
     "own_loss",
     "score",
     "token_weights",

@@ -6,15 +6,16 @@ between groups, and a resumed run scores as the uninterrupted one would have.
 """
 
 import importlib
-import math
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_ray.algorithms.config import AlgorithmConfig, LossConfig, check_numbers
 from lightning_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,45 +24,18 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-ALGORITHMS: dict[str, str] = {"grpo": "lightning_ray.algorithms.grpo:GRPO"}
+ALGORITHMS: dict[str, str] = {
+    "cispo": "lightning_ray.algorithms.cispo:CISPO",
+    "dapo": "lightning_ray.algorithms.dapo:DAPO",
+    "dr_grpo": "lightning_ray.algorithms.dr_grpo:DrGRPO",
+    "grpo": "lightning_ray.algorithms.grpo:GRPO",
+    "gspo": "lightning_ray.algorithms.gspo:GSPO",
+    "ppo": "lightning_ray.algorithms.ppo:PPO",
+    "reinforce_pp": "lightning_ray.algorithms.reinforce_pp:ReinforcePP",
+    "reinforce_pp_baseline": "lightning_ray.algorithms.reinforce_pp:ReinforcePPBaseline",
+    "rloo": "lightning_ray.algorithms.rloo:RLOO",
+}
 """Name in a configuration to "module:class". The class is made with an `AlgorithmConfig`."""
-
-AGGREGATIONS = ("token_mean", "sequence_mean")
-LOSSES = ("clipped", "cross_entropy")
-
-
-@dataclass
-class LossConfig:
-    """How credit becomes a loss; what the learner needs to know of an algorithm."""
-
-    kind: str = "clipped"
-    """clipped: the surrogate of PPO, with credit of either sign.
-    cross_entropy: minus the mean logprob of the tokens; credit is their weight, 0 or above.
-    `losses` has the formulas."""
-    epsilon_low: float = 0.2
-    """The probability ratio is clipped below at 1 - epsilon_low."""
-    epsilon_high: float = 0.2
-    """The probability ratio is clipped above at 1 + epsilon_high."""
-    aggregation: str = "token_mean"
-    """token_mean: every token of the batch counts the same (a long answer weighs more).
-    sequence_mean: every attempt counts the same, and its tokens share its weight."""
-
-
-@dataclass
-class AlgorithmConfig:
-    """Which algorithm, and its numbers."""
-
-    name: str = "grpo"
-    """One of the names in `ALGORITHMS`, or `module:Class`, a class of your own."""
-    group_size: int = 8
-    """Attempts at one task that are compared with each other."""
-    normalize_by_std: bool = True
-    """Divide the advantages of a group by the standard deviation of its rewards."""
-    std_epsilon: float = 1e-6
-    """Added to that standard deviation; in the units of the reward."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    options: dict[str, Any] = field(default_factory=dict)
-    """Settings of an algorithm of your own; the others have none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +64,29 @@ class Algorithm(Protocol):
     `score_group` is called once per group, when every attempt of it has ended and has a reward;
     groups without contrast are left out before, unless the checks of the data are told to keep
     them. The credit is put on the tokens, and the learner takes a step on them with `loss`. A group
-    may have fewer attempts than were asked for (those lost to a fault are left out), never none.
-    One whose credit is zero throughout teaches nothing: it is left out and counted.
+    may have fewer attempts than were asked for (those lost to a fault are left out), but not fewer
+    than `min_group`. One whose credit is zero throughout teaches nothing: it is left out, counted.
+
+    A class with `needs_contrast = False` is given groups without contrast as well, and with
+    `zero_teaches = True` a group whose credit is zero throughout is learnt from; one with a method
+    `finish_batch` sees the credit of the whole batch once more before it is used
+    (`BatchAlgorithm`).
     """
 
     loss: LossConfig
 
     def score_group(self, group: Group) -> FloatArray:
         """The credit of each attempt, finite, float64[G]; every token of the attempt gets it."""
+        ...
+
+
+class BatchAlgorithm(Algorithm, Protocol):
+    """An algorithm whose credit depends on the other groups of the batch."""
+
+    def finish_batch(
+        self, groups: Sequence[Group], credits: Sequence[FloatArray]
+    ) -> list[FloatArray]:
+        """The final credit of each group; `credits` are what `score_group` gave for them."""
         ...
 
 
@@ -132,24 +121,6 @@ def has_contrast(group: Group) -> bool:
     return bool(np.ptp(group.rewards) > 0.0)
 
 
-def token_weights(attempts: IntArray, aggregation: str) -> FloatArray:
-    """The weight of every trainable token of a batch, so that the weighted sum is the batch loss.
-
-    Args:
-        attempts: int64[N], for each trainable token the index of the attempt it belongs to.
-        aggregation: see `LossConfig.aggregation`.
-
-    Returns:
-        float64[N]; sums to 1 unless N is 0.
-    """
-    if aggregation == "token_mean":
-        return np.full(len(attempts), 1.0 / max(1, len(attempts)))
-    if aggregation == "sequence_mean":
-        _, index, counts = np.unique(attempts, return_inverse=True, return_counts=True)
-        return 1.0 / (len(counts) * counts[index]) if len(attempts) else np.empty(0)
-    raise ValueError(f"unknown aggregation {aggregation!r}")
-
-
 def check_algorithm(config: AlgorithmConfig) -> None:
     """Refuse what cannot work; an algorithm of the user's own is imported and tried out.
 
@@ -159,45 +130,13 @@ def check_algorithm(config: AlgorithmConfig) -> None:
     make_algorithm(config)
 
 
-def check_loss(loss: LossConfig) -> None:
-    """Refuse a loss that cannot work.
-
-    Raises:
-        UserError: an unknown kind or aggregation, or a clip range outside what a ratio can take.
-    """
-    if loss.kind not in LOSSES:
-        raise UserError(
-            f"algorithm.loss.kind: {loss.kind!r} is unknown; use " + " or ".join(LOSSES)
-        )
-    if not 0 < loss.epsilon_low <= 1:
-        raise UserError(
-            f"algorithm.loss.epsilon_low: {loss.epsilon_low} must be greater than 0 and at most 1"
-        )
-    if not (math.isfinite(loss.epsilon_high) and loss.epsilon_high > 0):
-        raise UserError(
-            f"algorithm.loss.epsilon_high: {loss.epsilon_high} must be a number greater than 0"
-        )
-    if loss.aggregation not in AGGREGATIONS:
-        raise UserError(
-            f"algorithm.loss.aggregation: {loss.aggregation!r} is unknown; use "
-            + " or ".join(AGGREGATIONS)
-        )
-
-
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:
     """The algorithm that a configuration names, checked.
 
     Raises:
         UserError: see `check_algorithm`.
     """
-    if config.group_size < 2:
-        raise UserError(
-            f"algorithm.group_size: {config.group_size} attempts cannot be compared with each "
-            "other; use 2 or more"
-        )
-    if not (math.isfinite(config.std_epsilon) and config.std_epsilon > 0):
-        raise UserError(f"algorithm.std_epsilon: {config.std_epsilon} must be greater than 0")
-    check_loss(config.loss)
+    check_numbers(config)
     if ":" in config.name:
         from lightning_ray.algorithms.custom import load_algorithm
 
@@ -232,23 +171,58 @@ def score(algorithm: Algorithm, name: str, group: Group) -> FloatArray:
             f"algorithm.name={name}: score_group raised {describe(error)} on a group with the "
             f"rewards {group.rewards.tolist()}"
         ) from error
+    _check_credit(algorithm, name, "score_group", group, credit)
+    return credit
+
+
+def finish(
+    algorithm: Algorithm, name: str, groups: Sequence[Group], credits: Sequence[FloatArray]
+) -> list[FloatArray]:
+    """The credit of a batch's groups, as `finish_batch` leaves it where there is one; checked.
+
+    Raises:
+        UserError: it raised, or did not give one finite number per attempt.
+    """
+    finish_batch = getattr(algorithm, "finish_batch", None)
+    if finish_batch is None or not groups:
+        return list(credits)
+    try:
+        with np.errstate(all="ignore"):
+            final = [np.asarray(one, np.float64) for one in finish_batch(groups, credits)]
+    except Exception as error:
+        raise UserError(
+            f"algorithm.name={name}: finish_batch raised {describe(error)} on a batch of "
+            f"{len(groups)} groups"
+        ) from error
+    if len(final) != len(groups):
+        raise UserError(
+            f"algorithm.name={name}: finish_batch gave the credit of {len(final)} groups for a "
+            f"batch of {len(groups)}"
+        )
+    for group, credit in zip(groups, final, strict=True):
+        _check_credit(algorithm, name, "finish_batch", group, credit)
+    return final
+
+
+def _check_credit(
+    algorithm: Algorithm, name: str, method: str, group: Group, credit: FloatArray
+) -> None:
     if credit.shape != group.rewards.shape:
         raise UserError(
-            f"algorithm.name={name}: score_group gave an array of shape {credit.shape} for a group "
+            f"algorithm.name={name}: {method} gave an array of shape {credit.shape} for a group "
             f"of {len(group.rewards)} attempts; give one number per attempt"
         )
     if not np.isfinite(credit).all():
         raise UserError(
-            f"algorithm.name={name}: score_group gave {credit.tolist()} for the rewards "
+            f"algorithm.name={name}: {method} gave {credit.tolist()} for the rewards "
             f"{group.rewards.tolist()}; give finite numbers"
         )
     own = own_loss(algorithm) is not None
     if not own and algorithm.loss.kind == "cross_entropy" and (credit < 0).any():
         raise UserError(
-            f"algorithm.name={name}: score_group gave {credit.tolist()}; under "
+            f"algorithm.name={name}: {method} gave {credit.tolist()}; under "
             "algorithm.loss.kind=cross_entropy credit is a weight, so 0 or above"
         )
-    return credit
 
 
 def own_loss(algorithm: Algorithm) -> TokenLoss | None:

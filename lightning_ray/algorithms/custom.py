@@ -14,15 +14,14 @@ import numpy as np
 
 from lightning_ray.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
     Group,
-    LossConfig,
     TokenLoss,
-    check_loss,
     describe,
+    finish,
     own_loss,
     score,
 )
+from lightning_ray.algorithms.config import AlgorithmConfig, LossConfig, check_loss
 from lightning_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,14 +59,14 @@ def try_out(algorithm: Algorithm, config: AlgorithmConfig) -> None:
         )
     check_loss(loss)
     size = config.group_size
-    for rewards in (
+    tried = [
         np.linspace(0.0, 1.0, size),
-        np.linspace(1.0, 0.0, size - 1),
+        np.linspace(1.0, 0.0, max(size - 1, 1)),
         np.ones(size),
         np.zeros(1),
-    ):
-        group = Group("try-out", rewards, np.arange(1, len(rewards) + 1))
-        score(algorithm, name, group)
+    ]
+    groups = [Group("try-out", one, np.arange(1, len(one) + 1)) for one in tried]
+    finish(algorithm, name, groups, [score(algorithm, name, group) for group in groups])
     own = own_loss(algorithm)
     if own is not None:
         if not callable(own):

@@ -11,8 +11,26 @@ from pathlib import Path
 from lightning_ray.errors import UserError
 
 DTYPES = ("auto", "bf16", "fp32")
-ZERO_STAGES = (1, 2)
+ZERO_STAGES = (0, 1, 2, 3)
+SCHEDULES = ("constant", "linear", "cosine")
+PUBLISHED = ("merged", "adapter")
+RATE = "rate"
+"""The key of a parameter group's learning rate, times that of the policy."""
 WEIGHT_INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class LoraConfig:
+    """Training low-rank additions to some matrices in place of the weights (arXiv:2106.09685)."""
+
+    rank: int = 0
+    """Rank of the additions; 0 trains every weight."""
+    alpha: float = 32.0
+    """An addition counts alpha / rank times."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the modules that get one, as peft takes them; all-linear is all but the head."""
+    publish: str = "merged"
+    """merged: a whole model with the additions in its weights. adapter: the additions alone."""
 
 
 @dataclass
@@ -25,8 +43,22 @@ class LearnerConfig:
     """bf16: weights and activations in bfloat16 over fp32 master weights. fp32: all in fp32.
     auto: bf16, but fp32 where the first rank's processor has no instructions for it."""
     zero_stage: int = 1
-    """1: optimiser state split over the ranks. 2: gradients too."""
+    """What is split over the ranks. 0: nothing. 1: optimiser state. 2: gradients too. 3: weights
+    too."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    critic_rate: float = 0.0
+    """Learning rate of a critic's values, times that of the policy; 0: no critic. A job sets it
+    from `algorithm.loss.critic`."""
     learning_rate: float = 1e-5
+    """At its highest, see `schedule`."""
+    schedule: str = "constant"
+    """constant, linear or cosine: how the learning rate falls after the warm-up."""
+    warmup_steps: int = 0
+    """Steps in which it rises to its highest, in equal parts."""
+    schedule_steps: int = 0
+    """Steps after which it has fallen to its lowest; linear and cosine need it."""
+    final_rate: float = 0.0
+    """The lowest, as a share of the highest."""
     beta1: float = 0.9
     beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -61,6 +93,10 @@ def check_learner(config: LearnerConfig) -> None:
     """
     _one_of("dtype", config.dtype, DTYPES)
     _one_of("zero_stage", config.zero_stage, ZERO_STAGES)
+    _one_of("schedule", config.schedule, SCHEDULES)
+    _one_of("lora.publish", config.lora.publish, PUBLISHED)
+    _check_schedule(config)
+    _check_lora(config)
     for name in ("num_ranks", "tokens_per_row", "logits_chunk", "num_threads"):
         value = getattr(config, name)
         if value < 1:
@@ -69,7 +105,7 @@ def check_learner(config: LearnerConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"learner.{name}: {value} must be a number greater than 0")
-    for name in ("weight_decay", "max_grad_norm", "num_cpus", "num_gpus"):
+    for name in ("weight_decay", "max_grad_norm", "num_cpus", "num_gpus", "critic_rate"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"learner.{name}: {value} must be a number that is not negative")
@@ -77,6 +113,28 @@ def check_learner(config: LearnerConfig) -> None:
         value = getattr(config, name)
         if not 0 <= value < 1:
             raise UserError(f"learner.{name}: {value} must be at least 0 and less than 1")
+
+
+def _check_schedule(config: LearnerConfig) -> None:
+    if config.warmup_steps < 0:
+        raise UserError(f"learner.warmup_steps: {config.warmup_steps} must be 0 or more")
+    if not 0 <= config.final_rate <= 1:
+        raise UserError(f"learner.final_rate: {config.final_rate} must lie between 0 and 1")
+    if config.schedule != "constant" and config.schedule_steps <= config.warmup_steps:
+        raise UserError(
+            f"learner.schedule_steps: {config.schedule_steps} must be more than "
+            f"learner.warmup_steps={config.warmup_steps} for learner.schedule={config.schedule}; "
+            "training.steps is a good number"
+        )
+
+
+def _check_lora(config: LearnerConfig) -> None:
+    if config.lora.rank < 0:
+        raise UserError(f"learner.lora.rank: {config.lora.rank} must be 0 or more")
+    if not (math.isfinite(config.lora.alpha) and config.lora.alpha > 0):
+        raise UserError(f"learner.lora.alpha: {config.lora.alpha} must be a number greater than 0")
+    if not config.lora.targets:
+        raise UserError("learner.lora.targets is empty; name modules, or all-linear")
 
 
 def check_model_dir(model_dir: str | Path) -> Path:

@@ -3,7 +3,25 @@
 import os
 from typing import Any
 
+from lightning_ray.cluster.processor import multiplies_bfloat16
+from lightning_ray.errors import UserError
 from lightning_ray.learner.config import LearnerConfig
+
+
+def resolved_dtype(config: LearnerConfig) -> str:
+    """bf16 or fp32: what `learner.dtype` comes to on this node."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bf16" if config.num_gpus > 0 or multiplies_bfloat16() else "fp32"
+
+
+def require_possible(config: LearnerConfig) -> None:
+    """Raises UserError for what DeepSpeed does not compute, once the type is known."""
+    if config.dtype == "bf16" and config.zero_stage == 0:
+        raise UserError(
+            "learner.zero_stage=0 with bfloat16: DeepSpeed keeps float32 weights beside bfloat16 "
+            "ones from stage 1 on; set learner.zero_stage=1 or learner.dtype=fp32"
+        )
 
 
 def set_environment(rank: int, num_ranks: int, host: str, port: int) -> None:
@@ -26,7 +44,8 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # A step has as many rows as the batch fills: `backward` only accumulates, `step` reduces.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.max_grad_norm,
+        # Without ZeRO the optimiser clips by itself (`optimizer`).
+        "gradient_clipping": config.max_grad_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.dtype == "bf16", "check_grad_overflow": True},
         # Sums over many rows and ranks lose small gradients in bfloat16.
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -36,6 +55,8 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
             "overlap_comm": False,
             "reduce_bucket_size": 2**25,
             "allgather_bucket_size": 2**27,
+            # Of stage 3: weights smaller than this stay whole on every rank.
+            "stage3_param_persistence_threshold": 0,
         },
         "steps_per_print": 10**9,
     }

@@ -27,11 +27,20 @@ def ancestor_mask(subtree_end: Tensor) -> Tensor:
 class PolicyModule(nn.Module):
     """A causal language model that is asked for the logprobs of given tokens at given nodes."""
 
-    def __init__(self, model: nn.Module, logits_chunk: int) -> None:
-        """`model` is a transformers causal language model with its attention set to sdpa."""
+    def __init__(self, model: nn.Module, logits_chunk: int, critic: bool = False) -> None:
+        """`model` is a transformers causal language model with its attention set to sdpa.
+
+        With a `critic` the hidden states also give values; at first these are all 0.
+        """
         super().__init__()
         self.model = model
         self.logits_chunk = logits_chunk
+        self.value_head: nn.Linear | None = None
+        if critic:
+            width = model.get_input_embeddings().weight.shape[1]
+            self.value_head = nn.Linear(width, 1, dtype=next(model.parameters()).dtype)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
 
     def forward(
         self,
@@ -40,8 +49,9 @@ class PolicyModule(nn.Module):
         subtree_end: Tensor,
         logit_predictor: Tensor,
         logit_target: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Logprobs of the targets, and the entropy of the distributions they come from.
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logprobs of the targets, entropy of the distributions they come from, and values.
 
         Args:
             input_ids: int64[T], with position_ids and subtree_end as in `packing.Row`.
@@ -49,10 +59,11 @@ class PolicyModule(nn.Module):
             subtree_end: int64[T]
             logit_predictor: int64[M], nodes whose hidden state predicts.
             logit_target: int64[M], the token predicted.
+            with_entropy: whether the entropies have a gradient.
 
         Returns:
-            float32[M] natural logarithms at temperature 1, with gradient, and float32[M] entropies
-            in nats, without.
+            float32[M] natural logarithms at temperature 1, with gradient; float32[M] entropies in
+            nats; and, with a critic, float32[M] values before each target, with gradient.
         """
         base = getattr(self.model, self.model.base_model_prefix)
         head = self.model.get_output_embeddings()
@@ -66,10 +77,11 @@ class PolicyModule(nn.Module):
                 attention_mask=ancestor_mask(subtree_end)[None, None],
                 use_cache=False,
             ).last_hidden_state[0]
-        return selected_logprobs(
-            hidden.index_select(0, logit_predictor),
-            head.weight,
-            head.bias,
-            logit_target,
-            self.logits_chunk,
+        predicting = hidden.index_select(0, logit_predictor)
+        logprobs, entropy = selected_logprobs(
+            predicting, head.weight, head.bias, logit_target, self.logits_chunk, with_entropy
         )
+        if self.value_head is None:
+            return logprobs, entropy, None
+        values = self.value_head(predicting.to(self.value_head.weight.dtype))[:, 0].float()
+        return logprobs, entropy, values

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_ray.algorithms.base import LossConfig, TokenLoss, check_loss
+from lightning_ray.algorithms.base import TokenLoss
+from lightning_ray.algorithms.config import LossConfig, check_loss
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.learner.config import LearnerConfig, check_learner, check_model_dir
 from lightning_ray.learner.report import StepReport

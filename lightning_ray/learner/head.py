@@ -12,7 +12,12 @@ from torch import Tensor
 
 
 def selected_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    chunk: int,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logprob of each target under softmax(hidden @ weight.T + bias), and that softmax's entropy.
 
@@ -22,12 +27,13 @@ def selected_logprobs(
         bias: float[V] or None.
         target: int64[M]
         chunk: positions whose logits may exist at one time.
+        with_entropy: the entropies have a gradient as well, which costs some time.
 
     Returns:
         float32[M] natural logarithms, with gradient for hidden, weight and bias, and float32[M]
-        entropies in nats, without.
+        entropies in nats.
     """
-    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, target, chunk)
+    logprobs, entropy = _SelectedLogprobs.apply(hidden, weight, bias, target, chunk, with_entropy)
     return logprobs, entropy
 
 
@@ -40,11 +46,20 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _SelectedLogprobs(torch.autograd.Function):
-    """logprob = logit of the target - log Z;  d logprob / d logit_v = [v = target] - p_v."""
+    """logprob = logit of the target - log Z;  d logprob / d logit_v = [v = target] - p_v.
+
+    H = - sum_v p_v log p_v;  d H / d logit_v = - p_v (log p_v + H).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        chunk: int,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         size = len(target)
         logprobs = torch.empty(size, dtype=torch.float32, device=hidden.device)
@@ -63,15 +78,19 @@ class _SelectedLogprobs(torch.autograd.Function):
             # H = log Z - sum_v p_v logit_v, all relative to the peak
             entropy[part] = log_total - torch.einsum("mv,mv->m", powers, logits) / total
             normalizer[part] = log_total + peak[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, target, normalizer)
+        ctx.save_for_backward(hidden, weight, bias, target, normalizer, entropy)
         ctx.chunk = chunk
-        ctx.mark_non_differentiable(entropy)
+        ctx.with_entropy = with_entropy
+        if not with_entropy:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        hidden, weight, bias, target, normalizer = ctx.saved_tensors
-        grad_logprobs = grads[0]
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
+        hidden, weight, bias, target, normalizer, entropy = ctx.saved_tensors
+        grad_logprobs, grad_entropy = grads
         size, chunk = len(target), ctx.chunk
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks in float32; one chunk needs no sum.
@@ -83,7 +102,12 @@ class _SelectedLogprobs(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             grad = grad_logprobs[part, None]
             logits = _logits(hidden[part], wide, bias)
-            grad_logits = logits.sub_(normalizer[part, None]).exp_().mul_(-grad)
+            log_p = logits.sub_(normalizer[part, None])
+            if ctx.with_entropy:
+                factor = grad + grad_entropy[part, None] * (log_p + entropy[part, None])
+                grad_logits = log_p.exp_().mul_(-factor)
+            else:
+                grad_logits = log_p.exp_().mul_(-grad)
             grad_logits.scatter_add_(1, target[part, None], grad)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
@@ -96,6 +120,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(weight.dtype),
+            None,
             None,
             None,
         )

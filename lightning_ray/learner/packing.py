@@ -10,14 +10,15 @@ A sequence is cut after the last position that predicts a trainable token: what 
 influence on the loss.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lightning_ray.algorithms.base import token_weights
+from lightning_ray.algorithms.config import LossConfig
+from lightning_ray.algorithms.weights import token_weights
 from lightning_ray.trajectories.batch import list_arrays
 
 IntArray = npt.NDArray[np.int64]
@@ -45,6 +46,9 @@ class Row:
     """int64[N]: which of the M logprobs a trainable token has."""
     token: IntArray
     """int64[N]: which of the batch's trainable tokens it is, counted over rows of the table."""
+    sequence: IntArray
+    """int64[N]: which of the row's sequences it belongs to, from 0, never falling. A sequence is
+    whole in its row, its tokens in order."""
     old_logprobs: FloatArray
     """float32[N]: as recorded where the token was sampled."""
     advantages: FloatArray
@@ -66,6 +70,11 @@ class PackedBatch:
     """Sum of the lengths of the sequences, as they are in the table."""
     distinct_tokens: int
     """Sum of the sizes of the rows: what is computed."""
+
+    def total_weight(self) -> float:
+        """Sum of weights times advantages over the batch; every rank has packed all of it."""
+        with np.errstate(all="ignore"):  # what is not finite is found in the loss
+            return sum(float(np.dot(row.weights, row.advantages)) for row in self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +140,20 @@ class _RowBuilder:
             logit_target=distinct[1],
             entry=entry.reshape(-1).astype(np.int64),
             token=token,
+            sequence=np.repeat(np.arange(len(self._tokens)), [len(one) for one in self._tokens]),
             old_logprobs=old_logprobs[token],
             advantages=advantages[token],
             weights=weights[token],
         )
 
 
-def pack(batch: pa.Table, tokens_per_row: int, aggregation: str = "token_mean") -> PackedBatch:
+def pack(batch: pa.Table, tokens_per_row: int, loss: LossConfig | None = None) -> PackedBatch:
     """Pack a batch into rows.
 
     Args:
         batch: rows of `SEQUENCE_SCHEMA`.
         tokens_per_row: the most nodes in a row, unless a single sequence has more.
-        aggregation: what the weights make of the batch; see `algorithms.LossConfig`.
+        loss: says what the weights make of the batch; None for a mean over tokens.
 
     Raises:
         ValueError: list columns of a row differ in length.
@@ -157,7 +167,13 @@ def pack(batch: pa.Table, tokens_per_row: int, aggregation: str = "token_mean") 
     row_of = np.searchsorted(offsets, places, side="right") - 1
     learnable = places > offsets[row_of]
     weights = np.zeros(len(places), np.float32)
-    weights[learnable] = token_weights(_attempt_index(batch)[row_of[learnable]], aggregation)
+    loss = LossConfig() if loss is None else loss
+    weights[learnable] = token_weights(
+        _numbered(batch, "attempt_id")[row_of[learnable]],
+        loss.aggregation,
+        _numbered(batch, "group_id")[row_of[learnable]],
+        loss.fixed_length,
+    )
     rows = [
         builder.build(columns["logprobs"][1][places], columns["advantages"][1][places], weights)
         for builder in _fill(
@@ -195,15 +211,16 @@ def empty_row() -> Row:
         logit_target=np.zeros(1, np.int64),
         entry=nothing,
         token=nothing,
+        sequence=nothing,
         old_logprobs=numbers,
         advantages=numbers,
         weights=numbers,
     )
 
 
-def _attempt_index(batch: pa.Table) -> IntArray:
-    """For each row of the table a number that stands for its attempt."""
-    encoded = batch["attempt_id"].combine_chunks().dictionary_encode()
+def _numbered(batch: pa.Table, name: str) -> IntArray:
+    """For each row of the table a number that stands for its text in a column."""
+    encoded = batch[name].combine_chunks().dictionary_encode()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.combine_chunks()
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -224,16 +241,55 @@ def _sequences(
         positions = places[token] - offsets[row]
         tokens = token_ids[offsets[row] : offsets[row] + positions[-1]]
         sequences.append(_Sequence(tokens, positions, token_ids[places[token]], token))
-    # Big-endian bytes of numbers that are not negative sort as the numbers do.
-    return sorted(sequences, key=lambda sequence: sequence.tokens.astype(">i8").tobytes())
+    return sorted(sequences, key=_order)
 
 
 def _fill(sequences: Iterable[_Sequence], tokens_per_row: int) -> list[_RowBuilder]:
-    """Greedily: a sequence goes into the current row if what it adds still fits."""
-    builders: list[_RowBuilder] = []
+    """Rows of sequences, given in lexicographic order.
+
+    First neighbours are put together for as long as they share a beginning and fit into a row; then
+    these chunks are packed, the largest first, each into the first row that has room for it. A
+    chunk that shares nothing with what is in a row costs what it costs alone.
+    """
+    chunks: list[list[_Sequence]] = []
+    size = 0
+    builder = _RowBuilder()
     for sequence in sequences:
-        added = len(sequence.tokens) - (builders[-1].shared(sequence.tokens) if builders else 0)
-        if not builders or builders[-1].size + added > tokens_per_row:
-            builders.append(_RowBuilder())
-        builders[-1].add(sequence)
-    return builders
+        shared = builder.shared(sequence.tokens)
+        added = len(sequence.tokens) - shared
+        if not chunks or shared == 0 or size + added > tokens_per_row:
+            chunks.append([])
+            builder, size, added = _RowBuilder(), 0, len(sequence.tokens)
+        builder.add(sequence)
+        chunks[-1].append(sequence)
+        size += added
+    return [_built(row) for row in _first_fit(chunks, tokens_per_row)]
+
+
+def _first_fit(
+    chunks: Sequence[list[_Sequence]], tokens_per_row: int
+) -> list[list[list[_Sequence]]]:
+    """Chunks by row: first fit, decreasing (Johnson, 1973)."""
+    sizes = [_built([chunk]).size for chunk in chunks]
+    rows: list[list[list[_Sequence]]] = []
+    left: list[int] = []
+    for index in sorted(range(len(chunks)), key=lambda index: (-sizes[index], index)):
+        row = next((row for row, room in enumerate(left) if sizes[index] <= room), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(tokens_per_row)
+        rows[row].append(chunks[index])
+        left[row] -= sizes[index]
+    return rows
+
+
+def _built(chunks: Sequence[list[_Sequence]]) -> _RowBuilder:
+    builder = _RowBuilder()
+    for sequence in sorted((one for chunk in chunks for one in chunk), key=_order):
+        builder.add(sequence)
+    return builder
+
+
+def _order(sequence: _Sequence) -> bytes:
+    # Big-endian bytes of numbers that are not negative sort as the numbers do.
+    return sequence.tokens.astype(">i8").tobytes()

@@ -1,5 +1,6 @@
 """What one training step did, in numbers that mean the same for any number of ranks and rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -31,6 +32,12 @@ class StepReport:
     """Mean of its absolute value: how well learner and engine agree."""
     clip_fraction: float
     """Share of the tokens whose gradient the clip removed."""
+    masked_fraction: float
+    """Share of the tokens that the off-policy correction left out."""
+    divergence: float
+    """Mean divergence from the reference, k3, in nats; 0 where there is no reference."""
+    value_error: float
+    """Mean squared error of the critic's values; 0 where there is no critic."""
     entropy: float
     """Mean entropy of the policy where it sampled, in nats."""
     ratio_mean: float
@@ -39,3 +46,20 @@ class StepReport:
     """Oldest version that sampled a token of the batch; -1 for an empty batch."""
     max_version: int
     """Newest one."""
+
+
+def averages(totals: Mapping[str, float]) -> dict[str, float]:
+    """Those of a report's fields that are averages over tokens, from the sums of `Totals`."""
+    tokens = max(1.0, totals["tokens"])
+    sums = {
+        "logprob_difference": "difference_sum",
+        "logprob_abs_difference": "abs_difference_sum",
+        "clip_fraction": "clipped",
+        "masked_fraction": "masked",
+        "divergence": "divergence_sum",
+        "value_error": "value_error_sum",
+        "entropy": "entropy_sum",
+        "ratio_mean": "ratio_sum",
+    }
+    means = {name: totals[total] / tokens for name, total in sums.items()}
+    return {**means, "ratio_max": totals["ratio_max"]}

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import random
 import socket
 import time
@@ -25,19 +24,33 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from lightning_ray.algorithms.base import LossConfig, TokenLoss
-from lightning_ray.cluster.processor import multiplies_bfloat16
+from lightning_ray.algorithms.base import TokenLoss
+from lightning_ray.algorithms.config import LossConfig
 from lightning_ray.errors import UserError
-from lightning_ray.learner.checkpoint import STATE_FILE
-from lightning_ray.learner.config import LearnerConfig
-from lightning_ray.learner.deepspeed_settings import deepspeed_config, set_environment
-from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
+from lightning_ray.learner.checkpoint import (
+    STATE_FILE,
+    load_generators,
+    require_shape,
+    save_generators,
+    shape_of,
+)
+from lightning_ray.learner.config import RATE, LearnerConfig
+from lightning_ray.learner.deepspeed_settings import (
+    deepspeed_config,
+    require_possible,
+    resolved_dtype,
+    set_environment,
+)
+from lightning_ray.learner.folders import commit_folder, partial_folder
 from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
-from lightning_ray.learner.report import StepReport
+from lightning_ray.learner.report import StepReport, averages
+from lightning_ray.learner.schedule import learning_rate
 from lightning_ray.trajectories.batch import list_arrays
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lightning_ray.algorithms.losses import Part
 
 CHECKPOINT_TAG = "learner"
 
@@ -57,6 +70,7 @@ class LearnerWorker:
         self.model_dir = Path(model_dir)
         self.rank = rank
         self._steps = 0
+        self._reference: Any = None
 
     def address(self) -> tuple[str, int, str]:
         """What `setup` needs if this is rank 0: its host, a free port there, bf16 or fp32."""
@@ -65,16 +79,16 @@ class LearnerWorker:
         host = ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
         with socket.socket() as free:
             free.bind(("", 0))
-            return host, free.getsockname()[1], self._resolved_dtype()
-
-    def _resolved_dtype(self) -> str:
-        if self.config.dtype != "auto":
-            return self.config.dtype
-        return "bf16" if self.config.num_gpus > 0 or multiplies_bfloat16() else "fp32"
+            return host, free.getsockname()[1], resolved_dtype(self.config)
 
     def setup(self, host: str, port: int, dtype: str) -> None:
-        """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`."""
+        """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`.
+
+        Raises:
+            UserError: DeepSpeed cannot compute so.
+        """
         self.config = replace(self.config, dtype=dtype)
+        require_possible(self.config)
         set_environment(self.rank, self.config.num_ranks, host, port)
         import torch
 
@@ -98,17 +112,15 @@ class LearnerWorker:
         random.seed(self.config.seed)
         np.random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
-        module = self._load_module()
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in module.parameters() if parameter.requires_grad],
-            lr=self.config.learning_rate,
-            betas=(self.config.beta1, self.config.beta2),
-            eps=self.config.adam_epsilon,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        from lightning_ray.learner.loading import load_policy
+        from lightning_ray.learner.optimizer import make_optimizer
+
+        self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        module = load_policy(self.model_dir, self.config, self._dtype)
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(self.config)
+            model=module,
+            optimizer=make_optimizer(self.config, module),
+            config=deepspeed_config(self.config),
         )
         self.engine.train()
 
@@ -118,13 +130,13 @@ class LearnerWorker:
         `own` is the algorithm's own loss, in place of the one that `loss` names.
         """
         start = time.perf_counter()
-        packed = pack(batch, self.config.tokens_per_row, loss.aggregation)
+        packed = pack(batch, self.config.tokens_per_row, loss)
         self._steps += 1
         totals = self._accumulate(packed, loss, own)
         if packed.rows:
+            self._set_rate(learning_rate(self.config, self._steps))
             self.engine.step()
         versions = _trainable_values(batch, "versions")
-        tokens = max(1.0, totals["tokens"])
         return StepReport(
             step=self._steps,
             skipped=self._skipped(packed, totals["loss"]),
@@ -137,12 +149,7 @@ class LearnerWorker:
             total_tokens=packed.total_tokens,
             computed_tokens=packed.distinct_tokens,
             rows=len(packed.rows),
-            logprob_difference=totals["difference_sum"] / tokens,
-            logprob_abs_difference=totals["abs_difference_sum"] / tokens,
-            clip_fraction=totals["clipped"] / tokens,
-            entropy=totals["entropy_sum"] / tokens,
-            ratio_mean=totals["ratio_sum"] / tokens,
-            ratio_max=totals["ratio_max"],
+            **averages(totals),
             min_version=int(versions.min()) if len(versions) else -1,
             max_version=int(versions.max()) if len(versions) else -1,
         )
@@ -155,13 +162,12 @@ class LearnerWorker:
         import torch
 
         packed = pack(batch, self.config.tokens_per_row)
-        share = share_of_rank(packed.rows, self.rank, self.config.num_ranks)
         found = torch.zeros(packed.trainable_tokens, device=self.engine.device)
         learnable = torch.zeros_like(found)
         self.engine.eval()
         with torch.no_grad():
-            for row in share:
-                logprobs, _ = self._forward(row)
+            for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
+                logprobs = self._forward(row)[0]
                 token = self._to_device(row.token)
                 found[token] = logprobs[self._to_device(row.entry)]
                 learnable[token] = 1.0
@@ -190,15 +196,14 @@ class LearnerWorker:
         if Path(path).exists():
             raise FileExistsError(f"{path} exists and is never overwritten")
         torch.distributed.barrier()
+        from lightning_ray.learner.publishing import whole_weights, write_model
+
+        model = self.engine.module.model
+        weights = whole_weights(model, self._dtype, self.rank == 0)
         if self.rank == 0:
             target = Path(path)
             partial = partial_folder(target)
-            weights = {
-                name: value.detach().to("cpu", self._dtype)
-                for name, value in self.engine.module.model.state_dict().items()
-            }
-            self.engine.module.model.save_pretrained(partial, state_dict=weights)
-            copy_companions(self.model_dir, partial, str(self._dtype).removeprefix("torch."))
+            write_model(partial, model, weights, self.model_dir, self.config.lora)
             commit_folder(partial, target)
         torch.distributed.barrier()
 
@@ -219,18 +224,9 @@ class LearnerWorker:
             partial_folder(target)
         torch.distributed.barrier()
         self.engine.save_checkpoint(str(partial), tag=CHECKPOINT_TAG, save_latest=False)
-        generators = {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-        }
-        (partial / f"random-{self.rank}.pickle").write_bytes(pickle.dumps(generators))
+        save_generators(partial / f"random-{self.rank}.pickle")
         if self.rank == 0:
-            own = {
-                "steps": self._steps,
-                "num_ranks": self.config.num_ranks,
-                "dtype": self.config.dtype,
-            }
+            own = {"steps": self._steps, **shape_of(self.config)}
             (partial / STATE_FILE).write_text(json.dumps({"learner": own, "state": state}))
         torch.distributed.barrier()
         if self.rank == 0:
@@ -244,73 +240,61 @@ class LearnerWorker:
             The caller's state.
 
         Raises:
-            UserError: there is no whole checkpoint at `path`, or one of another number of ranks or
-                another type.
+            UserError: there is no whole checkpoint at `path`, or one of another shape (`shape_of`).
         """
-        import torch
-
         folder = Path(path)
         if not (folder / STATE_FILE).is_file():
             raise UserError(f"there is no learner checkpoint in {folder}; name one that was saved")
         saved = json.loads((folder / STATE_FILE).read_text())
-        if saved["learner"]["num_ranks"] != self.config.num_ranks:
-            raise UserError(
-                f"the checkpoint {folder} was saved by {saved['learner']['num_ranks']} ranks; "
-                f"set learner.num_ranks to that, it is {self.config.num_ranks}"
-            )
-        if saved["learner"].get("dtype", self.config.dtype) != self.config.dtype:
-            raise UserError(
-                f"the checkpoint {folder} was saved in {saved['learner']['dtype']}; set "
-                f"learner.dtype to that, here it is {self.config.dtype}"
-            )
+        require_shape(folder, saved["learner"], self.config)
         loaded, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
         if loaded is None:
             raise UserError(f"the checkpoint {folder} cannot be read; name another one")
-        generators = pickle.loads((folder / f"random-{self.rank}.pickle").read_bytes())
-        random.setstate(generators["python"])
-        np.random.set_state(generators["numpy"])
-        torch.set_rng_state(generators["torch"])
+        load_generators(folder / f"random-{self.rank}.pickle")
         self._steps = saved["learner"]["steps"]
         # What the optimiser had is right for the weights; what the user has now set counts.
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate
+        for group, rate in zip(
+            self.engine.optimizer.param_groups, (1.0, self.config.critic_rate), strict=False
+        ):
             group["weight_decay"] = self.config.weight_decay
+            group[RATE] = rate
         state: dict[str, Any] = saved["state"]
         return state
 
-    def _load_module(self) -> Any:
-        """The model of `model_dir`, ready to be trained."""
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        from lightning_ray.learner.forward import PolicyModule
-
-        disable_progress_bar()
-        self._dtype = torch.bfloat16 if self.config.dtype == "bf16" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(
-            self.model_dir, dtype=self._dtype, attn_implementation="sdpa", local_files_only=True
-        )
-        model.config.use_cache = True  # what is published is for generating
-        if self.config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return PolicyModule(model, self.config.logits_chunk)
+    def _set_rate(self, rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate * group[RATE]
 
     def _to_device(self, array: npt.NDArray[Any]) -> "Tensor":
         import torch
 
         return torch.as_tensor(array, device=self.engine.device)
 
-    def _forward(self, row: Row) -> tuple["Tensor", "Tensor"]:
-        """Logprobs and entropies, float32[M]."""
-        logprobs, entropy = self.engine(
+    def _forward(
+        self, row: Row, with_entropy: bool = False, module: Any = None
+    ) -> tuple["Tensor", "Tensor", "Tensor | None"]:
+        """Logprobs, entropies and values, float32[M], of the policy or another module."""
+        found: tuple[Tensor, Tensor, Tensor | None] = (self.engine if module is None else module)(
             self._to_device(row.input_ids),
             self._to_device(row.position_ids),
             self._to_device(row.subtree_end),
             self._to_device(row.logit_predictor),
             self._to_device(row.logit_target),
+            with_entropy,
         )
-        return logprobs, entropy
+        return found
+
+    def _reference_logprobs(self, row: Row) -> "Tensor":
+        """Logprobs under the weights that the run began with, float32[M]."""
+        import torch
+
+        if self._reference is None:
+            from lightning_ray.learner.loading import load_reference
+
+            reference = load_reference(self.model_dir, self.config, self._dtype)
+            self._reference = reference.to(self.engine.device)
+        with torch.no_grad():
+            return self._forward(row, module=self._reference)[0]
 
     def _accumulate(
         self, packed: PackedBatch, loss_config: LossConfig, own: TokenLoss | None
@@ -318,49 +302,78 @@ class LearnerWorker:
         """Add up the gradients of this rank's rows; returns sums and maxima over all ranks."""
         import torch
 
-        from lightning_ray.algorithms.losses import choose_loss
+        from lightning_ray.algorithms.losses import choose_loss, whitens
+        from lightning_ray.learner.totals import Totals
 
-        part_loss = choose_loss(loss_config, own, _total_weight(packed))
-        totals: dict[str, Tensor] = {}
-        for row in share_of_rank(packed.rows, self.rank, self.config.num_ranks):
-            logprobs, entropy = self._forward(row)
-            entry = self._to_device(row.entry)
-            loss, metrics = part_loss(
-                logprobs[entry],
-                self._to_device(row.old_logprobs),
-                self._to_device(row.advantages),
-                self._to_device(row.weights),
-            )
+        part_loss = choose_loss(loss_config, own, packed.total_weight())
+        wanted = loss_config if own is None else LossConfig(aggregation=loss_config.aggregation)
+        share = share_of_rank(packed.rows, self.rank, self.config.num_ranks)
+        whitening = (0.0, 1.0)
+        if whitens(wanted):
+            whitening = self._whitening(share, wanted)
+        totals = Totals(self.engine.device)
+        for row in share:
+            part, entropy = self._part(row, wanted, whitening)
+            loss, metrics = part_loss(part)
             metrics |= {
                 "loss": loss.detach(),
-                "tokens": torch.tensor(float(len(entry)), device=self.engine.device),
-                "entropy_sum": entropy[entry].sum(),
+                "tokens": torch.tensor(float(len(row.entry)), device=self.engine.device),
+                "entropy_sum": entropy.sum(),
             }
-            for name, value in metrics.items():
-                before = totals.get(name, torch.zeros_like(value))
-                totals[name] = (
-                    torch.maximum(before, value) if name == "ratio_max" else before + value
-                )
+            totals.add(metrics)
             if not torch.isfinite(loss):
                 # A gradient may be finite where its loss is not. Poison it, so that DeepSpeed's own
                 # check sees it on every rank, clears up, and leaves the weights alone.
-                loss = logprobs.sum() * math.nan
+                # Through all that has a gradient: every rank reduces the same of it.
+                loss = part.logprobs.sum() * math.nan
+                if part.values is not None:
+                    loss = loss + part.values.sum() * math.nan
             # DeepSpeed averages over ranks; the loss is a sum.
             self.engine.backward(loss * self.config.num_ranks)
-        return self._reduce(totals)
+        return totals.of_all_ranks()
 
-    def _reduce(self, totals: dict[str, "Tensor"]) -> dict[str, float]:
-        """Combine the metrics of all ranks: sums, but for the maximum."""
+    def _part(
+        self, row: Row, loss: LossConfig, whitening: tuple[float, float]
+    ) -> tuple["Part", "Tensor"]:
+        """A row's tokens with all that the loss asks for, and their entropies."""
+        from lightning_ray.algorithms.losses import Part
+
+        entry = self._to_device(row.entry)
+        reference = None
+        if loss.kl.coefficient:
+            reference = self._reference_logprobs(row)[entry]
+        with_entropy = loss.entropy_coefficient > 0
+        logprobs, entropy, values = self._forward(row, with_entropy)
+        part = Part(
+            logprobs=logprobs[entry],
+            old_logprobs=self._to_device(row.old_logprobs),
+            advantages=self._to_device(row.advantages),
+            weights=self._to_device(row.weights),
+            sequence=self._to_device(row.sequence),
+            reference=reference,
+            entropy=entropy[entry] if with_entropy else None,
+            values=None if values is None else values[entry],
+            whitening=whitening,
+        )
+        return part, entropy.detach()[entry]
+
+    def _whitening(self, rows: list[Row], loss: LossConfig) -> tuple[float, float]:
+        """Mean and deviation of the advantages over the whole batch."""
         import torch
 
-        names = ["loss", "tokens", "entropy_sum", "clipped", "ratio_sum"]
-        names += ["difference_sum", "abs_difference_sum"]
-        zero = torch.zeros((), device=self.engine.device)
-        sums = torch.stack([totals.get(name, zero) for name in names]).double()
-        largest = totals.get("ratio_max", zero).double()
+        from lightning_ray.algorithms.losses import token_advantages
+
+        sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device)
+        with torch.no_grad():
+            for row in rows:
+                part, _ = self._part(row, loss, (0.0, 1.0))
+                found = token_advantages(part, loss).double()
+                sums += torch.stack([torch.ones_like(found), found, found.square()]).sum(dim=1)
         torch.distributed.all_reduce(sums)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return dict(zip(names, sums.tolist(), strict=True)) | {"ratio_max": largest.item()}
+        count, total, squares = sums.tolist()
+        mean = total / max(count, 1.0)
+        variance = max(squares / max(count, 1.0) - mean * mean, 0.0)
+        return mean, math.sqrt(variance) + 1e-6
 
     def _skipped(self, packed: PackedBatch, loss: float) -> str | None:
         if not packed.rows:
@@ -375,12 +388,6 @@ class LearnerWorker:
         """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
-
-
-def _total_weight(packed: PackedBatch) -> float:
-    """Sum of weights times advantages over the batch; every rank has packed all of it."""
-    with np.errstate(all="ignore"):  # what is not finite is found in the loss
-        return sum(float(np.dot(row.weights, row.advantages)) for row in packed.rows)
 
 
 def _trainable_values(batch: pa.Table, name: str) -> npt.NDArray[Any]:

@@ -37,6 +37,7 @@ from lightning_ray.rollouts.queue_client import QueueClient
 from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
 from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
 from lightning_ray.spans.rewards import GRADER
+from lightning_ray.spans.schema import ATTEMPT_SPAN
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +255,7 @@ def _end_spans(
     rows = [
         span(
             SpanKind.RESOURCE,
-            "attempt",
+            ATTEMPT_SPAN,
             **place,
             start_ns=begun,
             status=SpanStatus.OK if good else SpanStatus.ERROR,

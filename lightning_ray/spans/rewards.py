@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.spans.schema import SPAN_SCHEMA, SpanKind, SpanStatus
+from lightning_ray.spans.schema import ATTEMPT_SPAN, SPAN_SCHEMA, SpanKind, SpanStatus
 
 AGENT = "agent"
 GRADER = "grader"
@@ -78,7 +78,7 @@ def rewards(spans: pa.Table) -> pa.Table:
 def _broken(spans: pa.Table) -> pa.Array:
     """The attempts whose end, as their worker recorded it, was no good one."""
     ended = pc.and_(
-        pc.equal(spans["kind"], SpanKind.RESOURCE.value), pc.equal(spans["name"], "attempt")
+        pc.equal(spans["kind"], SpanKind.RESOURCE.value), pc.equal(spans["name"], ATTEMPT_SPAN)
     )
     bad = pc.and_(ended, pc.not_equal(spans["status"], SpanStatus.OK.value))
     return pc.unique(spans["attempt_id"].filter(bad)).cast(pa.string())

@@ -22,6 +22,10 @@ SCHEMA_VERSION = 2
 VERSION_KEY = b"lightning_ray.span_schema"
 
 
+ATTEMPT_SPAN = "attempt"
+"""The name of the RESOURCE span that says how an attempt ended."""
+
+
 class SpanKind(StrEnum):
     """What a span records."""
 

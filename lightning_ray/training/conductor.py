@@ -27,6 +27,7 @@ from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch, make_batch
 from lightning_ray.training.config import TrainConfig
+from lightning_ray.training.dynamic import fill_up
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.hygiene_log import HygieneLog, totals
 from lightning_ray.training.names import MEASURING, REHEARSAL
@@ -170,9 +171,8 @@ class Conductor:
     def _step(self) -> dict[str, float]:
         config = self._config
         step = self.state.step + 1
-        tasks = self._order.take(self.state.position, config.training.tasks_per_step)
         with self._progress.phase("rollouts") as rolling:
-            records = self._rollouts(f"s{step:05d}", tasks, config.algorithm.group_size)
+            tasks, records = self._sample(step)
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
@@ -200,10 +200,14 @@ class Conductor:
             "staleness": float(trained_from - oldest),
             "groups_used": float(batch.used_groups),
             "groups_flat": float(batch.flat_groups),
+            "groups_small": float(batch.small_groups),
+            "cut_calls": float(batch.cut.calls),
+            "cut_tokens": float(batch.cut.tokens),
             "left_out": float(batch.left_out),
             "sampled_tokens": float(batch.report.trainable_tokens),
             "tokens_per_second": batch.report.trainable_tokens / max(rolling.seconds, 1e-9),
             "attempts": float(sum(len(record.attempts) for record in records)),
+            "tasks": float(len(tasks)),
             "seconds_rollouts": rolling.seconds,
             "seconds_batch": batching.seconds,
             "seconds_learn": learning.seconds,
@@ -211,11 +215,30 @@ class Conductor:
         }
         return metrics
 
+    def _sample(self, step: int) -> tuple[list[Task], list[RolloutRecord]]:
+        """A step's tasks and their rollouts; with dynamic sampling, until enough have contrast."""
+        config = self._config
+        prefix, size = f"s{step:05d}", config.algorithm.group_size
+        return fill_up(
+            lambda tasks, first: self._rollouts(prefix, tasks, size, first=first),
+            lambda begin, count: self._order.take(self.state.position + begin, count),
+            config.training.tasks_per_step,
+            config.algorithm.extra_rounds,
+        )
+
     def _rollouts(
-        self, prefix: str, tasks: Sequence[Task], samples: int, *, heldout: bool = False
+        self,
+        prefix: str,
+        tasks: Sequence[Task],
+        samples: int,
+        *,
+        heldout: bool = False,
+        first: int = 0,
     ) -> list[RolloutRecord]:
         """Runs `samples` rollouts of each task; returns their records in order, all ended."""
-        specs = rollout_specs(prefix, self._session, tasks, samples, self._config, heldout=heldout)
+        specs = rollout_specs(
+            prefix, self._session, tasks, samples, self._config, heldout=heldout, first=first
+        )
         limit = self._config.rollouts.batch_timeout_s
         return run_rollouts(self._parts.queue, specs, limit, self._progress)
 
@@ -233,7 +256,9 @@ class Conductor:
             self._config.policy.name,
             self._config.hygiene,
             self._heldout_keys or None,
-            self._config.algorithm.name,
+            self._config.algorithm,
+            self._config.credit,
+            self._config.training.max_sequence_tokens,
         )
         try:
             return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)
@@ -319,6 +344,9 @@ class Conductor:
             "grad_norm": report.grad_norm,
             "entropy": report.entropy,
             "clip_fraction": report.clip_fraction,
+            "masked_fraction": report.masked_fraction,
+            "divergence": report.divergence,
+            "value_error": report.value_error,
             "logprob_abs_difference": report.logprob_abs_difference,
             "ratio_mean": report.ratio_mean,
             "tokens_batch": float(report.total_tokens),

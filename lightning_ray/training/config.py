@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from lightning_ray.agents import AgentConfig
-from lightning_ray.algorithms import AlgorithmConfig, check_algorithm
+from lightning_ray.algorithms import AlgorithmConfig, make_algorithm, own_loss
 from lightning_ray.cluster import ClusterConfig, check_cluster
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import EvaluationConfig, check_evaluation
@@ -16,7 +16,12 @@ from lightning_ray.policies import PolicyConfig, settle_policies
 from lightning_ray.rollouts import RolloutsConfig, check_rollouts
 from lightning_ray.spans import SpansConfig, check_spans
 from lightning_ray.tracking import TrackingConfig
-from lightning_ray.trajectories import HygieneConfig, check_hygiene
+from lightning_ray.trajectories import (
+    CreditConfig,
+    HygieneConfig,
+    check_credit,
+    check_hygiene,
+)
 
 
 @dataclass
@@ -37,6 +42,8 @@ class TrainingConfig:
     """Seed of the order of tasks."""
     step_timeout_s: float = 1800.0
     """Longest that the learner may take for one step, seconds."""
+    max_sequence_tokens: int = 0
+    """Longest sequence that is learnt from, tokens; longer ones lose their last calls. 0: any."""
     min_usable: float = 0.5
     """Share of a step's rollouts that must come to a reward; below it the run stops."""
 
@@ -53,6 +60,7 @@ class TrainConfig:
     """Folder that holds runs, each in a folder of its own, and MLflow's store."""
     agent: AgentConfig = field(default_factory=AgentConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     policies: dict[str, PolicyConfig] = field(default_factory=dict)
     """Policies by name, for agents that ask several; in place of `policy`. One is trained."""
@@ -94,9 +102,33 @@ def check_rooms(config: TrainConfig) -> None:
         raise UserError(f"training.min_usable={training.min_usable}: must lie between 0 and 1")
     if not config.name or "/" in config.name:
         raise UserError(f"name={config.name!r}: it begins a folder's name; use letters and digits")
-    check_algorithm(config.algorithm)
+    if training.max_sequence_tokens < 0:
+        raise UserError(
+            f"training.max_sequence_tokens={training.max_sequence_tokens}: must be 0 (any) or more"
+        )
+    algorithm = make_algorithm(config.algorithm)
+    check_credit(config.credit)
+    critic = algorithm.loss.critic
+    has_critic = critic.coefficient > 0 and own_loss(algorithm) is None
+    if has_critic and (config.credit.by_call or config.credit.roles):
+        raise UserError(
+            "credit.steps, credit.discount and credit.roles give each call a credit of its own, "
+            "which a critic estimates by itself; leave them out, or set "
+            "algorithm.loss.critic.coefficient=0"
+        )
+    needs_contrast = config.credit.is_plain and getattr(algorithm, "needs_contrast", True)
+    if config.algorithm.extra_rounds and not needs_contrast:
+        raise UserError(
+            f"algorithm.extra_rounds={config.algorithm.extra_rounds}: other tasks are tried in "
+            "place of groups with one reward throughout, which teach here as well; set it to 0"
+        )
     check_inference(config.inference)
+    config.learner.critic_rate = critic.rate if has_critic else 0.0
     check_learner(config.learner)
+    if config.learner.lora.rank and config.learner.lora.publish != "merged":
+        raise UserError(
+            "learner.lora.publish=adapter: the engines of a job load whole models; use merged"
+        )
     check_rollouts(config.rollouts)
     check_spans(config.spans)
     check_gateway(config.gateway)

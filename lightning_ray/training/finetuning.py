@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from lightning_ray.algorithms import LossConfig
-from lightning_ray.algorithms.base import check_loss
+from lightning_ray.algorithms import LossConfig, check_loss
 from lightning_ray.errors import UserError
 from lightning_ray.training.config import TrainConfig, check_train
 
@@ -64,6 +63,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     """Checks every value that can be checked without reading spans. Raises UserError."""
     samples, tuning = config.samples, config.finetuning
     check_train(config)
+    config.learner.critic_rate = 0.0
     if not samples.runs:
         raise UserError("from= is needed: the run, or runs, whose spans are learnt from")
     chosen = {"min_reward": samples.min_reward, "where": samples.where, "sql": samples.sql}

@@ -25,8 +25,9 @@ def rollout_specs(
     config: TrainConfig,
     *,
     heldout: bool = False,
+    first: int = 0,
 ) -> list[RolloutSpec]:
-    """`samples` rollouts of each task, a group per task.
+    """`samples` rollouts of each task, a group per task; the groups are numbered from `first`.
 
     Ids begin with `prefix`; `session` tells apart what is done a second time. `heldout` says that
     these are held-out tasks, sampled as `rollouts.heldout_sampling` says.
@@ -42,7 +43,7 @@ def rollout_specs(
             sampling=settings,
             **policy_of(config.rollouts, config.agent.timeout_s, task.id, task.data),
         )
-        for place, task in enumerate(tasks)
+        for place, task in enumerate(tasks, first)
         for sample in range(samples)
     ]
 

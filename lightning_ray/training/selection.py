@@ -25,6 +25,7 @@ from lightning_ray.training.names import MEASURING
 from lightning_ray.trajectories import (
     SEQUENCE_SCHEMA,
     build_sequences,
+    cut_sequences,
     task_key,
     task_keys,
     trainable_counts,
@@ -65,6 +66,8 @@ class Counts:
     """Of these, attempts with no token of the policy: left out."""
     repeated: int
     """Samples whose tokens are those of another one: left out."""
+    cut: int
+    """Calls that `training.max_sequence_tokens` took from the end of longer sequences."""
     beyond: int
     """Samples left out by `samples.max_samples`."""
     samples: int
@@ -93,7 +96,11 @@ class Samples:
             "with no token of the policy": counts.empty,
         }
         left = "".join(f"; {count:,} {why} left out" for why, count in out.items() if count)
-        less = {"identical": counts.repeated, "beyond samples.max_samples": counts.beyond}
+        less = {
+            "identical": counts.repeated,
+            "calls beyond training.max_sequence_tokens": counts.cut,
+            "beyond samples.max_samples": counts.beyond,
+        }
         fewer = "".join(f"; {count:,} {why} left out" for why, count in less.items() if count)
         return [
             f"chosen {counts.chosen:,} of {counts.attempts:,} attempts of "
@@ -137,6 +144,7 @@ def choose_samples(config: FinetuneConfig, base: Path, heldout: Sequence[Task]) 
         empty += len(report.empty)
         built.append(sequences)
     sequences = pa.concat_tables(built) if built else SEQUENCE_SCHEMA.empty_table()
+    sequences, cut = cut_sequences(sequences, config.training.max_sequence_tokens)
     distinct = _distinct(sequences) if settings.deduplicate else sequences
     few = _at_most(distinct, settings.max_samples, config.finetuning.seed)
     counts = Counts(
@@ -146,6 +154,7 @@ def choose_samples(config: FinetuneConfig, base: Path, heldout: Sequence[Task]) 
         inexact=inexact,
         empty=empty,
         repeated=sequences.num_rows - distinct.num_rows,
+        cut=cut.calls,
         beyond=distinct.num_rows - few.num_rows,
         samples=few.num_rows,
         tokens=sum(trainable_counts(few).values()),

@@ -7,11 +7,23 @@ algorithm: rewards and credit are plain numbers, compared and put where they bel
 
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA
 from lightning_ray.trajectories.build import (
+    Asked,
     BuildReport,
     build_sequences,
     trainable_counts,
     with_advantages,
 )
+from lightning_ray.trajectories.credit import (
+    CreditConfig,
+    Member,
+    by_token,
+    check_credit,
+    members,
+    require_rewards,
+    step_rewards,
+    tokens_per_call,
+)
+from lightning_ray.trajectories.cut import Cut, cut_sequences
 from lightning_ray.trajectories.hygiene import distinct_spans, inspect
 from lightning_ray.trajectories.hygiene_attempts import (
     AttemptFacts,
@@ -32,24 +44,35 @@ from lightning_ray.trajectories.tree import Call, TokenTree, rebuild_trees
 
 __all__ = [
     "SEQUENCE_SCHEMA",
+    "Asked",
     "AttemptFacts",
     "BuildReport",
     "Call",
     "Check",
+    "CreditConfig",
+    "Cut",
     "HygieneConfig",
     "HygienePolicy",
     "HygieneReport",
+    "Member",
     "Place",
     "TokenTree",
     "attempts_of_spans",
     "build_sequences",
+    "by_token",
+    "check_credit",
     "check_hygiene",
+    "cut_sequences",
     "distinct_spans",
     "inspect",
+    "members",
     "rebuild_trees",
     "recorded_errors",
+    "require_rewards",
+    "step_rewards",
     "task_key",
     "task_keys",
+    "tokens_per_call",
     "trainable_counts",
     "with_advantages",
 ]

@@ -1,8 +1,8 @@
 """The batch that a learner trains on: one row per token sequence, Arrow list columns.
 
-Invariant: `token_ids`, `trainable`, `logprobs`, `versions` and `advantages` of a row have the same
-length. A sequence is one root-to-leaf path of an attempt's token tree, so a history that several
-calls share appears once per leaf; each sampled token is `trainable` in exactly one row.
+Invariant: `token_ids`, `trainable`, `logprobs`, `versions`, `calls` and `advantages` of a row have
+the same length. A sequence is one root-to-leaf path of an attempt's token tree, so a history that
+several calls share appears once per leaf; each sampled token is `trainable` in exactly one row.
 """
 
 from typing import Any
@@ -25,6 +25,8 @@ SEQUENCE_SCHEMA = pa.schema(
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
         # The policy version that sampled it; -1 where not trainable.
         pa.field("versions", pa.list_(pa.int32()), nullable=False),
+        # Which call of its attempt sampled it, in order of arrival from 0; -1 where not trainable.
+        pa.field("calls", pa.list_(pa.int32()), nullable=False),
         # Credit of the token; 0 where not trainable, and before an algorithm has given any.
         pa.field("advantages", pa.list_(pa.float32()), nullable=False),
     ]

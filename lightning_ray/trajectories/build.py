@@ -5,18 +5,32 @@ token that the policy was given, that another policy sampled, or whose call was 
 trainable (the last unless asked for).
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from lightning_ray.spans.schema import SpanStatus
+from lightning_ray.spans.schema import ATTEMPT_SPAN, SpanKind, SpanStatus
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA, list_arrays, list_column
 from lightning_ray.trajectories.tree import Call, TokenTree, rebuild_trees
 
 Credit = float | npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The calls of an attempt, in order of arrival; those with tokens are numbered from 0."""
+
+    total: int
+    """Model calls, those without tokens among them."""
+    places: tuple[int, ...]
+    """Which of them each call with tokens was, from 0."""
+    roles: tuple[str | None, ...]
+    """Which role asked, for each call with tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class BuildReport:
     """Attempt id to reason: its spans do not add up to what the engine saw. Left out whole."""
     empty: tuple[str, ...] = ()
     """Attempts without a single token to learn from: no call, or none of the policy's."""
+    asked: Mapping[str, Asked] = field(default_factory=dict)
+    """Attempt id to what is known of its calls, whoever answered them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +64,7 @@ class _Row:
     trainable: npt.NDArray[np.bool_]
     logprobs: npt.NDArray[np.float32]
     versions: npt.NDArray[np.int32]
+    calls: npt.NDArray[np.int32]
 
 
 def build_sequences(
@@ -71,11 +88,13 @@ def build_sequences(
         tree on which nothing is trainable gives no row.
     """
     trees, inexact = rebuild_trees(spans)
+    ended = _ends(spans)
     by_attempt = {tree.attempt_id: tree for tree in trees}
     rows: list[_Row] = []
     calls = 0
     empty: list[str] = []
     left_out: dict[str, str] = {}
+    asked: dict[str, Asked] = {}
     for attempt_id, group_id in groups.items():
         if attempt_id in inexact:
             left_out[attempt_id] = inexact[attempt_id]
@@ -84,8 +103,12 @@ def build_sequences(
         if tree is None:
             empty.append(attempt_id)
             continue
+        # What was sampled once the attempt was over is no part of what it was graded for.
+        end = ended.get(attempt_id, sys.maxsize)
         trainable = {
-            index for index, call in enumerate(tree.calls) if _learns(call, policy, train_aborted)
+            index
+            for index, call in enumerate(tree.calls)
+            if call.sequence < end and _learns(call, policy, train_aborted)
         }
         unversioned = [index for index in trainable if tree.calls[index].version is None]
         if unversioned:
@@ -93,6 +116,11 @@ def build_sequences(
             left_out[attempt_id] = f"call {span_id} does not say which version sampled it"
             continue
         calls += len(tree.calls)
+        asked[attempt_id] = Asked(
+            tree.asked,
+            tuple(call.place for call in tree.calls),
+            tuple(call.role for call in tree.calls),
+        )
         built = _rows_of(tree, group_id, trainable)
         rows += built
         if not built:
@@ -104,6 +132,7 @@ def build_sequences(
         trainable_tokens=sum(int(np.count_nonzero(row.trainable)) for row in rows),
         inexact=left_out,
         empty=tuple(empty),
+        asked=asked,
     )
     return _table(rows, policy), report
 
@@ -161,6 +190,18 @@ def with_advantages(sequences: pa.Table, credit: Mapping[str, Credit]) -> pa.Tab
     return sequences.set_column(field_index, SEQUENCE_SCHEMA.field(field_index), column)
 
 
+def _ends(spans: pa.Table) -> dict[str, int]:
+    """The place of each attempt's end among its spans, where its worker recorded one."""
+    rows = spans.filter(
+        pc.and_(
+            pc.equal(spans["kind"], SpanKind.RESOURCE.value), pc.equal(spans["name"], ATTEMPT_SPAN)
+        )
+    )
+    found = zip(rows["attempt_id"].to_pylist(), rows["sequence"].to_pylist(), strict=True)
+    # Spans that came through no store have no place yet.
+    return {attempt_id: sequence for attempt_id, sequence in found if sequence}
+
+
 def _learns(call: Call, policy: str, train_aborted: bool) -> bool:
     """Whether the tokens this call sampled are to be learnt from."""
     wanted = {SpanStatus.OK, SpanStatus.ABORTED} if train_aborted else {SpanStatus.OK}
@@ -181,14 +222,25 @@ def _rows_of(tree: TokenTree, group_id: str, trainable_calls: set[int]) -> list[
         trainable = np.zeros(len(tokens), np.bool_)
         logprobs = np.zeros(len(tokens), np.float32)
         versions = np.full(len(tokens), -1, np.int32)
+        calls = np.full(len(tokens), -1, np.int32)
         for index in learnt:
             call = tree.calls[index]
             sampled = slice(call.prompt_length, len(call.tokens))
             trainable[sampled] = True
             logprobs[sampled] = call.logprobs
             versions[sampled] = -1 if call.version is None else call.version
+            calls[sampled] = index
         rows.append(
-            _Row(group_id, tree.rollout_id, tree.attempt_id, tokens, trainable, logprobs, versions)
+            _Row(
+                group_id,
+                tree.rollout_id,
+                tree.attempt_id,
+                tokens,
+                trainable,
+                logprobs,
+                versions,
+                calls,
+            )
         )
     return rows
 
@@ -211,6 +263,7 @@ def _table(rows: list[_Row], policy: str) -> pa.Table:
         "trainable": lists([row.trainable for row in rows], pa.bool_()),
         "logprobs": lists([row.logprobs for row in rows], pa.float32()),
         "versions": lists([row.versions for row in rows], pa.int32()),
+        "calls": lists([row.calls for row in rows], pa.int32()),
         "advantages": lists([np.zeros(n, np.float32) for n in lengths], pa.float32()),
     }
     return pa.table(columns, schema=SEQUENCE_SCHEMA)

@@ -15,13 +15,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_ray.spans.schema import SpanKind
+from lightning_ray.spans.schema import ATTEMPT_SPAN, SpanKind
 
 SUCCEEDED = "succeeded"
 """The status of an attempt that came to an outcome of the agent and was graded."""
-
-ATTEMPT_SPAN = "attempt"
-"""The name of the RESOURCE span that says how an attempt ended."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ What the store says in `continues` is how a call was compressed, not how the tre
 calls may share a prefix in storage without one exactly continuing the other.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,10 @@ class Call:
     """float32[S]: natural logarithms of the last S tokens, the sampled ones."""
     continues: str | None
     """The span id of the call whose prefix this one was stored against."""
+    role: str | None = None
+    """Which part of the agent's system asked; None where nobody recorded it."""
+    place: int = 0
+    """Which of the attempt's model calls it was, from 0, those without tokens among them."""
 
     @property
     def prompt_length(self) -> int:
@@ -58,6 +63,8 @@ class TokenTree:
     calls: tuple[Call, ...]
     parents: tuple[int | None, ...]
     """For each call the index of the longest call that its prompt begins with, else None."""
+    asked: int
+    """Model calls of the attempt, those without tokens among them."""
 
     def leaves(self) -> list[int]:
         """Indices of the calls that no other call exactly continues, in order of arrival."""
@@ -101,7 +108,9 @@ def rebuild_trees(spans: pa.Table) -> tuple[list[TokenTree], dict[str, str]]:
     """
     by_attempt: dict[str, list[_StoredCall]] = defaultdict(list)
     rollouts: dict[str, str] = {}
+    asked: dict[str, list[int]] = defaultdict(list)
     for attempt_id, rollout_id, stored in _model_calls(spans):
+        asked[attempt_id].append(stored.call.sequence)
         if stored.added is None and (
             stored.call.status is not SpanStatus.OK or stored.call.version is None
         ):
@@ -114,12 +123,17 @@ def rebuild_trees(spans: pa.Table) -> tuple[list[TokenTree], dict[str, str]]:
     inexact: dict[str, str] = {}
     for attempt_id, stored_calls in by_attempt.items():
         stored_calls.sort(key=lambda stored: stored.call.sequence)
+        sequences = sorted(asked[attempt_id])
         try:
-            calls = _rebuild(stored_calls)
+            calls = tuple(
+                replace(call, place=bisect_left(sequences, call.sequence))
+                for call in _rebuild(stored_calls)
+            )
         except _InexactError as reason:
             inexact[attempt_id] = str(reason)
             continue
-        trees.append(TokenTree(attempt_id, rollouts[attempt_id], calls, _exact_parents(calls)))
+        parents = _exact_parents(calls)
+        trees.append(TokenTree(attempt_id, rollouts[attempt_id], calls, parents, len(sequences)))
     return trees, inexact
 
 
@@ -129,12 +143,13 @@ def _model_calls(spans: pa.Table) -> Iterator[tuple[str, str, _StoredCall]]:
     if rows.num_rows == 0:
         return
     names = ["attempt_id", "rollout_id", "span_id", "sequence", "status", "policy", "version"]
-    names += ["continues", "prefix_tokens"]
+    names += ["continues", "prefix_tokens", "role"]
     columns = [rows[name].to_pylist() for name in names]
     token_lists = _split_lists(rows["token_ids"], np.int32)
     logprob_lists = _split_lists(rows["logprobs"], np.float32)
     for index, row in enumerate(zip(*columns, strict=True)):
-        attempt_id, rollout_id, span_id, sequence, status, policy, version, continues, prefix = row
+        attempt_id, rollout_id, span_id, sequence, status, policy, version, *rest = row
+        continues, prefix, role = rest
         logprobs = logprob_lists[index]
         call = Call(
             span_id=span_id,
@@ -145,6 +160,7 @@ def _model_calls(spans: pa.Table) -> Iterator[tuple[str, str, _StoredCall]]:
             tokens=np.empty(0, np.int32),
             logprobs=np.empty(0, np.float32) if logprobs is None else logprobs,
             continues=continues,
+            role=role,
         )
         yield attempt_id, rollout_id, _StoredCall(call, prefix, token_lists[index])
 
@@ -187,19 +203,7 @@ def _rebuild(stored_calls: Sequence[_StoredCall]) -> tuple[Call, ...]:
             current = by_id[current.call.continues]
         for link in reversed(chain):
             full[link.call.span_id] = _full_tokens(link, full)
-    return tuple(
-        Call(
-            span_id=stored.call.span_id,
-            sequence=stored.call.sequence,
-            status=stored.call.status,
-            policy=stored.call.policy,
-            version=stored.call.version,
-            tokens=full[stored.call.span_id],
-            logprobs=stored.call.logprobs,
-            continues=stored.call.continues,
-        )
-        for stored in stored_calls
-    )
+    return tuple(replace(one.call, tokens=full[one.call.span_id]) for one in stored_calls)
 
 
 def _full_tokens(stored: _StoredCall, full: dict[str, TokenArray]) -> TokenArray:

@@ -16,11 +16,12 @@ from lightning_ray.algorithms import (
     make_algorithm,
     token_weights,
 )
+from lightning_ray.algorithms.config import AGGREGATIONS
 from lightning_ray.errors import UserError
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'gpro'; use grpo"):
+    with pytest.raises(UserError, match=r"'gpro'; use cispo, dapo, dr_grpo, grpo"):
         make_algorithm(AlgorithmConfig(name="gpro"))
 
 
@@ -28,6 +29,8 @@ def test_an_unknown_name_lists_the_known_ones():
     "config",
     [
         AlgorithmConfig(group_size=1),
+        AlgorithmConfig(group_size=1, min_group=1),
+        AlgorithmConfig(group_size=0),
         AlgorithmConfig(std_epsilon=0.0),
         AlgorithmConfig(loss=LossConfig(epsilon_low=0.0)),
         AlgorithmConfig(loss=LossConfig(epsilon_low=1.5)),
@@ -59,17 +62,30 @@ ATTEMPTS = st.lists(st.integers(0, 4), min_size=1, max_size=30).map(
 )
 
 
-@given(ATTEMPTS)
-def test_weights_of_tokens_sum_to_one(attempts):
+@given(ATTEMPTS, st.integers(1, 50))
+def test_weights_share_out_what_they_say(attempts, fixed_length):
     np.testing.assert_allclose(token_weights(attempts, "token_mean"), 1 / len(attempts))
-    weights = token_weights(attempts, "sequence_mean")
-    present = np.unique(attempts)
-    for attempt in present:
-        mine = weights[attempts == attempt]
-        np.testing.assert_allclose(mine.sum(), 1 / len(present))
-        np.testing.assert_allclose(mine, mine[0])
+    groups = attempts // 2
+    for weights, members in (
+        (token_weights(attempts, "sequence_mean"), attempts),
+        (token_weights(attempts, "group_mean", groups), groups),
+    ):
+        present = np.unique(members)
+        for one in present:
+            mine = weights[members == one]
+            np.testing.assert_allclose(mine.sum(), 1 / len(present))
+            np.testing.assert_allclose(mine, mine[0])
+    constant = token_weights(attempts, "fixed_length", fixed_length=fixed_length)
+    np.testing.assert_allclose(constant, 1 / (len(np.unique(attempts)) * fixed_length))
+
+
+def test_weights_that_miss_what_they_need_are_refused():
+    one = np.zeros(1, np.int64)
+    for aggregation in ("group_mean", "fixed_length", "mean"):
+        with pytest.raises(ValueError, match=r"needs|unknown"):
+            token_weights(one, aggregation)
 
 
 def test_no_tokens_have_no_weights():
-    for aggregation in ("token_mean", "sequence_mean"):
+    for aggregation in AGGREGATIONS:
         assert token_weights(np.empty(0, np.int64), aggregation).shape == (0,)

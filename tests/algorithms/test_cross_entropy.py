@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ray.algorithms import LossConfig
-from lightning_ray.algorithms.losses import choose_loss, cross_entropy_loss
+from lightning_ray.algorithms.losses import Part, choose_loss, cross_entropy_loss
 
 TOKENS = st.lists(
     st.tuples(st.integers(0, 4), st.floats(0.0, 2.0, width=32)), min_size=1, max_size=12
@@ -41,12 +41,13 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_parts(kind, tokens, data):
     total = max(float((weights * credit).sum()), 1e-3)
     own = (lambda new, old, credit: -(new - old).exp() * credit) if kind == "own" else None
     loss = choose_loss(LossConfig(kind="clipped" if own else kind), own, total)
+    sequence = torch.zeros(len(tokens), dtype=torch.int64)
     cut = data.draw(st.integers(0, len(tokens)))
     parts = [
-        loss(*(column[part] for column in (new, old, credit, weights)))
+        loss(Part(*(column[part] for column in (new, old, credit, weights, sequence))))
         for part in (slice(0, cut), slice(cut, None))
     ]
-    whole, metrics = loss(new, old, credit, weights)
+    whole, metrics = loss(Part(new, old, credit, weights, sequence))
     assert whole.item() == pytest.approx(sum(part.item() for part, _ in parts), rel=1e-3, abs=1e-4)
     for name in metrics.keys() - {"ratio_max"}:
         together = sum(part[name].item() for _, part in parts)

@@ -19,7 +19,7 @@ def test_the_formula_on_numbers_worked_by_hand():
         group([1.0, 0.0, 0.0, 1.0])
     )
     np.testing.assert_allclose(advantages, [1, -1, -1, 1], rtol=1e-6)
-    plain = make_algorithm(AlgorithmConfig(normalize_by_std=False))
+    plain = make_algorithm(AlgorithmConfig(normalize="none"))
     np.testing.assert_allclose(plain.score_group(group([3.0, 0.0, 0.0])), [2, -1, -1])
 
 

@@ -49,6 +49,7 @@ def to_table(rows: list[dict[str, object]]) -> pa.Table:
                 "policy": "main",
                 "logprobs": [-5.0 if t else 0.0 for t in row["trainable"]],
                 "versions": [2 if t else -1 for t in row["trainable"]],
+                "calls": [0 if t else -1 for t in row["trainable"]],
                 "advantages": [1.0 if t else 0.0 for t in row["trainable"]],
             }
             | row

@@ -15,7 +15,7 @@ from lightning_ray.learner import LearnerConfig, check_learner, check_model_dir
     "changes",
     [
         {"dtype": "fp16"},
-        {"zero_stage": 3},
+        {"zero_stage": 4},
         {"num_ranks": 0},
         {"tokens_per_row": 0},
         {"learning_rate": 0.0},

@@ -44,7 +44,9 @@ def parameters(folder):
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
-@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "zero_stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))]
+)
 def test_two_ranks_take_the_step_of_one_and_resume_in_new_processes(
     ray_cluster, model_dir, tmp_path, zero_stage
 ):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_support import to_table, token_trees
 
-from lightning_ray.algorithms import token_weights
+from lightning_ray.algorithms import LossConfig, token_weights
 from lightning_ray.learner.packing import Row, empty_row, pack, share_of_rank
 
 
@@ -40,7 +40,7 @@ def test_every_distinct_prefix_is_a_node_once_and_ancestors_are_prefixes(batch, 
 def test_every_trainable_token_is_learnt_once_from_what_came_before_it(
     batch, tokens_per_row, aggregation
 ):
-    packed = pack(batch, tokens_per_row, aggregation)
+    packed = pack(batch, tokens_per_row, LossConfig(aggregation=aggregation))
     expected = {}
     number = unlearnable = 0
     attempts = []
@@ -63,9 +63,16 @@ def test_every_trainable_token_is_learnt_once_from_what_came_before_it(
         pairs = list(zip(row.logit_predictor.tolist(), row.logit_target.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)
         assert set(row.entry.tolist()) == set(range(len(pairs)))
+        assert (np.diff(row.sequence) >= 0).all() and (np.diff(row.sequence) <= 1).all()
+        assert row.sequence[0] == 0
         for n, token in enumerate(row.token.tolist()):
             predictor, target = pairs[row.entry[n]]
             assert token not in found
+            if n and row.sequence[n] == row.sequence[n - 1]:
+                # In the order of their positions, each behind the one before.
+                before = prefixes[pairs[row.entry[n - 1]][0]]
+                assert len(before) < len(prefixes[predictor])
+                assert prefixes[predictor][: len(before)] == before
             found[token] = (
                 prefixes[predictor],
                 target,
@@ -148,3 +155,30 @@ def test_ranks_share_all_rows_in_equally_many_passes(sizes, num_ranks):
     kept = [row for share in shares for row in share if len(row.entry)]
     assert sorted(map(id, kept)) == sorted(map(id, rows))
     assert len(empty_row().entry) == 0
+
+
+def test_rows_of_unrelated_samples_are_full() -> None:
+    random = np.random.default_rng(5)
+    rows = []
+    for length in random.integers(20, 200, 300).tolist():
+        tokens = random.integers(0, 40_000, length).tolist()
+        rows.append({"token_ids": tokens, "trainable": [False] * (length - 8) + [True] * 8})
+    packed = pack(to_table(rows), 512)
+    assert packed.distinct_tokens / (len(packed.rows) * 512) > 0.95
+
+
+def test_rows_of_groups_that_share_a_prompt_are_full() -> None:
+    random = np.random.default_rng(6)
+    system = random.integers(0, 40_000, 60).tolist()
+    rows = []
+    for _ in range(160):
+        prompt = system + random.integers(0, 40_000, int(random.integers(10, 40))).tolist()
+        for _ in range(8):
+            answer = random.integers(0, 40_000, int(random.integers(5, 30))).tolist()
+            trainable = [False] * len(prompt) + [True] * len(answer)
+            rows.append({"token_ids": prompt + answer, "trainable": trainable})
+    packed = pack(to_table(rows), 512)
+    assert packed.distinct_tokens / (len(packed.rows) * 512) > 0.95
+    # Each row has the shared beginning once more; beside that nothing is computed twice.
+    unshared = sum(len(row["token_ids"]) - 1 for row in rows)
+    assert packed.distinct_tokens < 0.6 * unshared

@@ -7,18 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_support import load_plain, plain_loss, token_trees
 
-from lightning_ray.algorithms.losses import clipped_policy_loss
+from lightning_ray.algorithms import LossConfig
+from lightning_ray.algorithms.losses import Part, policy_loss
 from lightning_ray.learner.forward import PolicyModule, ancestor_mask
 from lightning_ray.learner.head import selected_logprobs
 from lightning_ray.learner.packing import pack
 
 
-def packed_loss(module: PolicyModule, packed, low: float, high: float):
+def packed_loss(module: PolicyModule, packed, config: LossConfig):
     """The sum of the rows' losses, and the logprobs of the batch's trainable tokens."""
     total = torch.zeros(())
     logprobs = np.full(packed.trainable_tokens, np.nan, np.float32)
     for row in packed.rows:
-        new, entropy = module(
+        new, entropy, _ = module(
             *(
                 torch.from_numpy(array)
                 for array in (
@@ -32,8 +33,9 @@ def packed_loss(module: PolicyModule, packed, low: float, high: float):
         )
         assert entropy.requires_grad is False
         chosen = new[torch.from_numpy(row.entry)]
-        numbers = [torch.from_numpy(x) for x in (row.old_logprobs, row.advantages, row.weights)]
-        total = total + clipped_policy_loss(chosen, *numbers, low, high)[0]
+        numbers = (row.old_logprobs, row.advantages, row.weights, row.sequence)
+        part = Part(chosen, *(torch.from_numpy(one) for one in numbers))
+        total = total + policy_loss(part, config)[0]
         logprobs[row.token] = chosen.detach().numpy()
     return total, logprobs
 
@@ -53,8 +55,9 @@ def plain(model_dir):
 def test_loss_logprobs_and_every_gradient_equal_the_unshared_ones(
     plain, batch, tokens_per_row, chunk, aggregation
 ):
-    packed = pack(batch, tokens_per_row, aggregation)
     low = high = 0.9  # most tokens keep a gradient
+    config = LossConfig(epsilon_low=low, epsilon_high=high, aggregation=aggregation)
+    packed = pack(batch, tokens_per_row, config)
     plain.zero_grad()
     loss, logprobs = plain_loss(plain, batch, aggregation, low, high)
     if not packed.rows:
@@ -62,7 +65,7 @@ def test_loss_logprobs_and_every_gradient_equal_the_unshared_ones(
     loss.backward()
     expected = {name: p.grad.clone() for name, p in plain.named_parameters()}
     plain.zero_grad()
-    shared, shared_logprobs = packed_loss(PolicyModule(plain, chunk), packed, low, high)
+    shared, shared_logprobs = packed_loss(PolicyModule(plain, chunk), packed, config)
     shared.backward()
     learnable = shared_logprobs[~np.isnan(shared_logprobs)]
     np.testing.assert_allclose(learnable, np.concatenate(logprobs), rtol=1e-5, atol=1e-5)
@@ -91,6 +94,14 @@ def test_the_head_equals_log_softmax_whatever_the_chunk(size, chunk, with_bias):
     upstream = torch.randn(size)
     wanted = torch.autograd.grad(expected, inputs, upstream)
     for grad, other in zip(torch.autograd.grad(mine, inputs, upstream), wanted, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+    # Where the entropy is part of the loss, its gradient as well.
+    table = torch.nn.functional.linear(hidden, weight, bias).log_softmax(dim=-1)
+    both = upstream @ table.gather(1, target[:, None])[:, 0] - 0.3 * (table.exp() * table).sum()
+    wanted = torch.autograd.grad(both, inputs)
+    mine, entropy = selected_logprobs(hidden, weight, bias, target, chunk, with_entropy=True)
+    grads = torch.autograd.grad(upstream @ mine + 0.3 * entropy.sum(), inputs)
+    for grad, other in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
 
 

@@ -55,6 +55,7 @@ def row(ids: list[int], prompt: int, advantage: float, attempt: str = "r1/1") ->
         "trainable": [False] * prompt + [True] * sampled,
         "logprobs": [0.0] * prompt + [-0.5] * sampled,
         "versions": [-1] * prompt + [7] * sampled,
+        "calls": [-1] * prompt + [0] * sampled,
         "advantages": [0.0] * prompt + [advantage] * sampled,
     }
 

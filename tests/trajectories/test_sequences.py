@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_token_trees import call, stored_attempts, table
 
+from lightning_ray.spans import SpanKind, span
+from lightning_ray.spans.schema import ATTEMPT_SPAN
 from lightning_ray.trajectories import (
     SEQUENCE_SCHEMA,
     build_sequences,
@@ -15,7 +17,7 @@ from lightning_ray.trajectories import (
     with_advantages,
 )
 
-LIST_COLUMNS = ["token_ids", "trainable", "logprobs", "versions", "advantages"]
+LIST_COLUMNS = ["token_ids", "trainable", "logprobs", "versions", "calls", "advantages"]
 
 
 def build(rows: list[dict[str, object]], **options: object):
@@ -35,6 +37,7 @@ def test_a_conversation_is_one_sequence_with_every_answer_trainable():
     assert row["trainable"] == [False, False, True, True, False, True]
     assert row["logprobs"] == [0, 0, -0.5, -0.5, 0, -0.5]
     assert row["versions"] == [-1, -1, 7, 7, -1, 8]
+    assert row["calls"] == [-1, -1, 0, 0, -1, 1]
     assert (row["group_id"], row["rollout_id"], row["attempt_id"]) == ("g0", "r0", "r0/0")
     assert (report.attempts, report.calls, report.sequences, report.trainable_tokens) == (
         1,
@@ -161,3 +164,16 @@ def test_per_token_credit_keeps_its_order_in_any_slice(attempt, data):
     # A slice of a larger table is a table like any other.
     doubled = pa.concat_tables([credited, credited]).slice(credited.num_rows)
     assert with_advantages(doubled, credit).equals(credited)
+
+
+def test_what_was_sampled_after_the_attempts_end_is_not_learnt_from():
+    place = {"run_id": "run", "rollout_id": "r0", "attempt_id": "r0/0"}
+    end = {**span(SpanKind.RESOURCE, ATTEMPT_SPAN, **place), "sequence": 3}
+    late = call("b", [5, 6], 1, continues="a", prefix_tokens=4, sequence=4, version=8)
+    rows = [call("a", [1, 2, 3, 4], 2, version=7, sequence=1), end, late]
+    sequences, report = build(rows)
+    (row,) = sequences.to_pylist()
+    assert row["trainable"] == [False, False, True, True, False, False]
+    assert report.inexact == {} and report.trainable_tokens == 2
+    sequences, _ = build([rows[0], {**late, "sequence": 2}, end])
+    assert sum(sequences.to_pylist()[0]["trainable"]) == 3

@@ -1,0 +1,99 @@
+"""Low-rank additions to a model's matrices, by peft: made, and put into the weights again.
+
+LoRA (Hu et al., 2021, arXiv:2106.09685): W x becomes W x + alpha / rank B A x, of which A and B are
+trained and W is not. B is zero at the beginning, so the model is then what it was.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_ray.errors import UserError
+from lightning_ray.learner.config import LoraConfig
+
+ADAPTER = "default"
+_BASE = ".base_layer."
+
+
+def add_lora(model: Any, config: LoraConfig) -> None:
+    """Gives the model its additions in place; everything else no longer has a gradient.
+
+    Raises:
+        UserError: no module of the model is called as `config.targets` says, or it is the input
+            embedding or the output head, which the learner computes by itself.
+    """
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(_settings(config), model, ADAPTER)
+    except ValueError as error:
+        raise UserError(f"learner.lora.targets={config.targets}: {error}") from error
+    for place in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(place, "base_layer"):
+            raise UserError(
+                f"learner.lora.targets={config.targets}: the input embedding and the output head "
+                "cannot have an addition; name other modules, or all-linear"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merged_weights(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """A whole model's weights under its own names, the additions put in.
+
+    `weights` are those of a model with additions, by name, gathered from all ranks.
+    """
+    scale = config.alpha / config.rank
+    merged = {}
+    for name, value in weights.items():
+        if "lora_" in name:
+            continue
+        if _BASE not in name:
+            merged[name] = value
+            continue
+        module, _, kind = name.partition(_BASE)
+        if kind == "weight":
+            down = weights[f"{module}.lora_A.{ADAPTER}.weight"].float()
+            up = weights[f"{module}.lora_B.{ADAPTER}.weight"].float()
+            value = (value.float() + scale * (up @ down)).to(value.dtype)
+        merged[f"{module}.{kind}"] = value
+    return merged
+
+
+def adapter_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The additions alone, under the names that peft and vLLM load them by."""
+    return {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value
+        for name, value in weights.items()
+        if "lora_" in name
+    }
+
+
+def write_adapter_settings(folder: Path, base: Path, config: LoraConfig, model: nn.Module) -> None:
+    """Leaves the `adapter_config.json` that belongs to `adapter_weights`."""
+    settings = _settings(config).to_dict()
+    # What was found stands there, not what was asked for: all-linear is no module's name.
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    settings |= {"base_model_name_or_path": str(base), "target_modules": sorted(found)}
+    plain = {name: value for name, value in settings.items() if not isinstance(value, set)}
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str))
+
+
+def _settings(config: LoraConfig) -> Any:
+    import peft
+
+    targets: Any = config.targets[0] if config.targets == ["all-linear"] else list(config.targets)
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number will do
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,52 @@
+"""Weights on their way out of the learner: gathered from all ranks, written as a model folder."""
+
+from pathlib import Path
+
+import deepspeed
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_ray.learner.config import LoraConfig
+from lightning_ray.learner.folders import copy_companions
+from lightning_ray.learner.lora import adapter_weights, merged_weights, write_adapter_settings
+
+
+def whole_weights(model: nn.Module, dtype: torch.dtype, wanted: bool) -> dict[str, Tensor]:
+    """Every weight on this rank's CPU, by name; nothing where it is not `wanted`.
+
+    All ranks call it at the same time: with ZeRO 3 each has a part of every weight.
+    """
+    weights: dict[str, Tensor] = {}
+    copied: dict[int, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        # One at a time: the whole model need not fit beside what a rank has.
+        with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
+            if wanted:
+                # What has two names, as a head that is the embedding, is one tensor here too.
+                if id(value) not in copied:
+                    copied[id(value)] = value.detach().to("cpu", dtype, copy=True)
+                weights[name] = copied[id(value)]
+    return weights
+
+
+def write_model(
+    folder: Path, model: nn.Module, weights: dict[str, Tensor], base: Path, lora: LoraConfig
+) -> None:
+    """Writes weights as a Hugging Face folder: a whole model, or a LoRA adapter alone.
+
+    Args:
+        model: what the weights are of, a transformers model, maybe with additions.
+        weights: by name, all of one type.
+        base: the folder that the model was loaded from.
+        lora: says whether there are additions, and in which form they are published.
+    """
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    if lora.rank:
+        if lora.publish == "adapter":
+            save_file(adapter_weights(weights), folder / "adapter_model.safetensors")
+            write_adapter_settings(folder, base, lora, model)
+            return
+        weights = merged_weights(weights, lora)
+    model.save_pretrained(folder, state_dict=weights)
+    copy_companions(base, folder, dtype)
