@@ -270,7 +270,9 @@ def test_no_weight_is_rounded_to_the_type_of_the_base(tmp_path):
 def test_auto_computes_in_bfloat16_where_the_processor_does(
     model_dir, tmp_path, monkeypatch, has_it, dtype
 ):
-    monkeypatch.setattr("lightning_ray.learner.worker.multiplies_bfloat16", lambda: has_it)
+    monkeypatch.setattr(
+        "lightning_ray.learner.deepspeed_settings.multiplies_bfloat16", lambda: has_it
+    )
     worker = start(model_dir, dtype="auto")
     assert next(iter(worker.engine.module.parameters())).dtype == (
         torch.bfloat16 if has_it else torch.float32
@@ -278,7 +280,7 @@ def test_auto_computes_in_bfloat16_where_the_processor_does(
     worker.save_checkpoint(str(tmp_path / "saved"), {})
     assert start(model_dir, dtype=dtype).load_checkpoint(str(tmp_path / "saved")) == {}
     other = "fp32" if has_it else "bf16"
-    with pytest.raises(UserError, match=f"saved in {dtype}; set learner.dtype to that.* {other}"):
+    with pytest.raises(UserError, match=f"with learner.dtype={dtype}; set that, it is {other}"):
         start(model_dir, dtype=other).load_checkpoint(str(tmp_path / "saved"))
 
 
