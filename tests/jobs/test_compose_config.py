@@ -53,7 +53,7 @@ def test_further_engine_arguments_may_be_added() -> None:
         (["agent.timeout_s=long"], ["agent.timeout_s", "'long'", "Float"]),
         (["gateway.models=gpt-4o-mini"], ["gateway.models"]),
         (["experiment=calculater"], ["experiment/calculater", "calculator"]),
-        (["algorithm=ppo"], ["algorithm/ppo", "grpo"]),
+        (["algorithm=gpro"], ["algorithm/gpro", "grpo"]),
         (["hygiene.leakage=ignore"], ["hygiene.leakage", "'ignore'", "drop, warn, stop, off"]),
         (["training.steps"], ["training.steps", "KEY=VALUE"]),
         (["=3"], ["=3", "KEY=VALUE"]),
