@@ -165,11 +165,13 @@ class Progress:
         """Count step `step` as done, with its metrics by name.
 
         Known names are the rewards, `tokens_per_second`, `loss`; others are shown as they are
-        called. The seconds of the phases since the last call are the step's.
+        called. `seconds` is how long it took; without it, the time since the last call. The seconds
+        of the phases since that are the step's.
         """
         with self._lock:
             now = time.monotonic()
-            seconds = now - self._step_started
+            # What came before the first step, starting above all, is no part of it.
+            seconds = float(metrics.get("seconds", now - self._step_started))
             self._durations.append(seconds)
             self._step_started = now
             self._step = step
