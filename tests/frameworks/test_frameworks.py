@@ -5,6 +5,7 @@ what the engine's worker held; its role is the model name that it asked for; its
 the model, and called where the framework can demand that; and the learner takes a step on it.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +51,20 @@ EXAMPLES = [
 """What `make test-frameworks` runs."""
 
 
+@pytest.fixture(scope="session")
+def importable_witness() -> Iterator[None]:
+    """The witness can be imported in every process of Ray, which starts after this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="module")
 def stack(
-    ray_cluster: None, real_model: Path, tmp_path_factory: pytest.TempPathFactory
+    importable_witness: None,
+    ray_cluster: None,
+    real_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Stack]:
     with running_stack(real_model, tmp_path_factory.mktemp("frameworks")) as running:
         yield running
@@ -80,7 +92,7 @@ def test_a_framework_is_run_recorded_exactly_and_learnt_from(
     assert {call["policy"] for call in calls} == {stack.config.policy.name}
     assert any(line["streamed"] for line in seen.witnessed) == example.streamed
     tools_reach_the_model(example, seen, tokenizer)
-    the_learner_takes_a_step(stack, seen)
+    the_learner_takes_a_step(stack, seen, example.must_call)
     sampled = sum(len(call["logprobs"]) for call in calls)
     numbers = f"{len(calls)} calls, {continued} continue another, {sampled} sampled tokens"
     called = Counter(c["name"] for _, reply in seen.exchanges() for c in reply["tool_calls"])
@@ -121,7 +133,7 @@ def tools_reach_the_model(example: Example, seen: Seen, tokenizer: Tokenizer) ->
         assert any("tool_response" in prompt for prompt in prompts)
 
 
-def the_learner_takes_a_step(stack: Stack, seen: Seen) -> None:
+def the_learner_takes_a_step(stack: Stack, seen: Seen, forced: bool) -> None:
     """One run is credited against the other, whatever they were worth."""
     groups = dict.fromkeys(seen.attempts, "group")
     sequences, report = build_sequences(seen.spans, groups, stack.config.policy.name)
@@ -132,8 +144,11 @@ def the_learner_takes_a_step(stack: Stack, seen: Seen) -> None:
     assert step.skipped is None
     assert step.sampled_tokens == report.trainable_tokens > 0
     assert step.grad_norm > 0
-    # The same model computed the same tokens: wrong ones would be far off.
-    assert step.logprob_abs_difference < 0.1, step
+    # The same model computed the same tokens. Where a call was forced, the engine sampled among
+    # what the tool's grammar allowed, so what it recorded is the larger; wrong tokens would be
+    # several nats off.
+    assert step.logprob_difference < 0.05, step
+    assert step.logprob_abs_difference < (1.5 if forced else 0.1), step
 
 
 def _name(tool: dict) -> str:
