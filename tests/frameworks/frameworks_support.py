@@ -66,6 +66,8 @@ class Example:
     """The tools that its requests offer in the protocol's own field."""
     must_call: bool = True
     """Whether its framework can be told that the model has to call a tool, so that it does."""
+    tool_role: bool = True
+    """Whether it gives results of tools in the protocol's own form; else as text of its own."""
     env: dict[str, str] = field(default_factory=dict)
     """What it needs beside what every attempt has."""
 
@@ -149,8 +151,9 @@ class Stack:
                 task.id,
                 task.data,
                 agent.timeout_s,
-                # A model of this size may write an argument that no tool can take.
-                max_attempts=2,
+                # A model of this size may write an argument that no tool can take, hand over to and
+                # fro, or not come to an end; some frameworks give up then.
+                max_attempts=4,
                 max_faults=0,
                 note_messages=True,
             )
@@ -161,7 +164,7 @@ class Stack:
         )
         try:
             self.parts.queue.enqueue(specs)
-            limit = 2 * agent.timeout_s + 60
+            limit = 4 * agent.timeout_s + 60
             records = self.parts.queue.wait([spec.rollout_id for spec in specs], limit)
         finally:
             workers.stop()
