@@ -19,6 +19,7 @@ from lightning_ray.training.batches import make_batch
 from lightning_ray.training.shipping import ship_by_value
 
 NAME = "far_algorithm:LeaveOneOut"
+SETTINGS = AlgorithmConfig(name=NAME, options={"most": 1.5})
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     path = list(sys.path)
     monkeypatch.chdir(tmp_path)
-    made = make_algorithm(AlgorithmConfig(name=NAME, options={"most": 1.5}))
+    made = make_algorithm(SETTINGS)
     ship_by_value(made)
     file.unlink()
     yield made
@@ -48,7 +49,7 @@ def test_it_scores_in_a_task_and_its_loss_is_learnt_in_an_actor(
     records = [record("a", "g", 1.0), record("b", "g", 0.0), record("c", "g", 0.0)]
     rows = calls("a/1", [1, 2]) + calls("b/1", [3]) + calls("c/1", [4])
     spans = pa.Table.from_batches([to_batch(rows + ends(records))])
-    sequences, batch = build.remote(records, ray.put(spans), algorithm, "policy", name=NAME)
+    sequences, batch = build.remote(records, ray.put(spans), algorithm, "policy", settings=SETTINGS)
     credit = {"a/1": 1.0, "b/1": -0.5, "c/1": -0.5}
     assert ray.get(batch, timeout=60).advantages == credit
     config = LearnerConfig(dtype="fp32", num_threads=1)
@@ -70,7 +71,7 @@ def test_it_scores_in_a_task_and_its_loss_is_learnt_in_an_actor(
     worse = [record("a", "g", 7.0), record("b", "g", 0.0)]
     rows = calls("a/1", [1]) + calls("b/1", [3]) + ends(worse)
     spans = pa.Table.from_batches([to_batch(rows)])
-    _, batch = build.remote(worse, ray.put(spans), algorithm, "policy", name=NAME)
+    _, batch = build.remote(worse, ray.put(spans), algorithm, "policy", settings=SETTINGS)
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
         ray.get(batch, timeout=60)
     assert isinstance(raised.value.cause, UserError)
