@@ -7,8 +7,8 @@ algorithm: rewards and credit are plain numbers, compared and put where they bel
 
 from lightning_ray.trajectories.batch import SEQUENCE_SCHEMA
 from lightning_ray.trajectories.build import (
-    Asked,
     BuildReport,
+    CallPlaces,
     build_sequences,
     trainable_counts,
     with_advantages,
@@ -44,10 +44,10 @@ from lightning_ray.trajectories.tree import Call, TokenTree, rebuild_trees
 
 __all__ = [
     "SEQUENCE_SCHEMA",
-    "Asked",
     "AttemptFacts",
     "BuildReport",
     "Call",
+    "CallPlaces",
     "Check",
     "CreditConfig",
     "Cut",

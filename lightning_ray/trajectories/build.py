@@ -22,7 +22,7 @@ Credit = float | npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
-class Asked:
+class CallPlaces:
     """The calls of an attempt, in order of arrival; those with tokens are numbered from 0."""
 
     total: int
@@ -49,7 +49,7 @@ class BuildReport:
     """Attempt id to reason: its spans do not add up to what the engine saw. Left out whole."""
     empty: tuple[str, ...] = ()
     """Attempts without a single token to learn from: no call, or none of the policy's."""
-    asked: Mapping[str, Asked] = field(default_factory=dict)
+    asked: Mapping[str, CallPlaces] = field(default_factory=dict)
     """Attempt id to what is known of its calls, whoever answered them."""
 
 
@@ -94,7 +94,7 @@ def build_sequences(
     calls = 0
     empty: list[str] = []
     left_out: dict[str, str] = {}
-    asked: dict[str, Asked] = {}
+    asked: dict[str, CallPlaces] = {}
     for attempt_id, group_id in groups.items():
         if attempt_id in inexact:
             left_out[attempt_id] = inexact[attempt_id]
@@ -116,7 +116,7 @@ def build_sequences(
             left_out[attempt_id] = f"call {span_id} does not say which version sampled it"
             continue
         calls += len(tree.calls)
-        asked[attempt_id] = Asked(
+        asked[attempt_id] = CallPlaces(
             tree.asked,
             tuple(call.place for call in tree.calls),
             tuple(call.role for call in tree.calls),

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from lightning_ray.errors import UserError
 from lightning_ray.trajectories.batch import list_arrays
-from lightning_ray.trajectories.build import Asked
+from lightning_ray.trajectories.build import CallPlaces
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -134,7 +134,7 @@ def members(
     group: str,
     rewards: Mapping[str, float],
     steps: Mapping[int, float],
-    asked: Asked,
+    asked: CallPlaces,
     lengths: Mapping[int, int],
 ) -> list[Member] | None:
     """An attempt as what is compared; None where a reward that counts is missing.

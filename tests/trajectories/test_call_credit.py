@@ -11,7 +11,7 @@ from lightning_ray.errors import UserError
 from lightning_ray.spans import SpanKind, span
 from lightning_ray.spans.rewards import rewards
 from lightning_ray.trajectories import (
-    Asked,
+    CallPlaces,
     CreditConfig,
     build_sequences,
     by_token,
@@ -60,7 +60,7 @@ def test_an_attempt_is_worth_the_weighted_sum_of_its_rewards() -> None:
 
 
 def test_members_are_an_attempt_a_roles_part_of_it_or_a_call() -> None:
-    asked = Asked(3, (0, 1, 2), ("planner", "solver", "planner"))
+    asked = CallPlaces(3, (0, 1, 2), ("planner", "solver", "planner"))
     lengths = {0: 5, 2: 7, 1: 3}
     given = {"reward": 1.0, "right": 0.5}
 
@@ -85,7 +85,7 @@ def test_members_are_an_attempt_a_roles_part_of_it_or_a_call() -> None:
         ("g solver", (1,), 0.25, 3),
     ]
     # A call without tokens in between is a step as well.
-    asked = Asked(4, (0, 2, 3), ("planner", "solver", "planner"))
+    asked = CallPlaces(4, (0, 2, 3), ("planner", "solver", "planner"))
     assert [worth for _, _, worth, _ in of(by_step, {1: 0.5, 2: 0.25})] == [1.75, 1.25, 1.0]
     # Whoever has nothing to learn from is no member, and what is missing is missing for all.
     assert members(CreditConfig(), "a", "g", {}, {}, asked, lengths) is None
