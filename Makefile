@@ -4,12 +4,13 @@
 # make test-frameworks   makes the environment of every example agent, then runs them all
 # make bench-spans   measures the span store beside agentlightning 0.3.0, see docs/benchmarks.md
 # make bench-learner   measures a step of the learner beside TRL's
+# make bench-step      measures whole steps of the default experiment beside TRL's trainer
 # make bench-gateway   measures the gateway beside agentlightning 1.0's, and with nothing in between
 # make check   format, lint, types, and the direction of imports
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner check format lock clean
+.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-step check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -35,6 +36,9 @@ bench-spans: setup
 
 bench-gateway: setup
 	@$(VENV)/bin/python -m benchmarks.gateway $(ARGS)
+
+bench-step: setup
+	@$(VENV)/bin/python -m benchmarks.step $(ARGS)
 
 bench-learner: setup
 	@$(VENV)/bin/python -m benchmarks.learner $(ARGS)

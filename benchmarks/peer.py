@@ -20,8 +20,11 @@ class Helper:
     It says one line when it is ready, {"ready": ...}, and ends when its standard input does.
     """
 
-    def __init__(self, name: str, command: Sequence[str]):
+    def __init__(
+        self, name: str, command: Sequence[str], answers_within_s: float = ANSWERS_WITHIN_S
+    ):
         """What it prints beside its answers goes to `.bench/NAME.log`."""
+        self._answers_within_s = answers_within_s
         self._name = name
         self._command = list(command)
         self._log = FOLDER / f"{name}.log"
@@ -72,10 +75,10 @@ class Helper:
         stdout = self._process.stdout
         assert stdout is not None
         # An answer is one line, written at once.
-        if not select.select([stdout], [], [], ANSWERS_WITHIN_S)[0]:
+        if not select.select([stdout], [], [], self._answers_within_s)[0]:
             self._process.kill()
             raise RuntimeError(
-                f"{self._name} gave no answer for {ANSWERS_WITHIN_S:g} s: {self._log}"
+                f"{self._name} gave no answer for {self._answers_within_s:g} s: {self._log}"
             )
         line = stdout.readline()
         if not line:
@@ -88,9 +91,15 @@ class Helper:
 class Peer(Helper):
     """A script of `benchmarks/peers`, run by the peer's own interpreter; ready with its version."""
 
-    def __init__(self, python: Path, script: str, *arguments: str):
+    def __init__(
+        self,
+        python: Path,
+        script: str,
+        *arguments: str,
+        answers_within_s: float = ANSWERS_WITHIN_S,
+    ):
         command = [str(python), str(ROOT / "benchmarks" / "peers" / script), *arguments]
-        super().__init__(Path(script).stem, command)
+        super().__init__(Path(script).stem, command, answers_within_s)
 
 
 def our_helper(module: str, *arguments: str) -> Helper:

@@ -34,7 +34,6 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
 def shape_of(config: LearnerConfig) -> dict[str, Any]:
     """The settings that a checkpoint can only be loaded with, by name."""
     return {
-        "num_ranks": config.num_ranks,
         "dtype": config.dtype,
         "zero_stage": config.zero_stage,
         "lora.rank": config.lora.rank,
@@ -61,8 +60,8 @@ def require_shape(folder: Path, saved: Mapping[str, Any], config: LearnerConfig)
         )
 
 
-def save_generators(path: Path) -> None:
-    """Keeps this process's random generators."""
+def save_generators(folder: Path, rank: int) -> None:
+    """Keeps this process's random generators in a checkpoint."""
     import torch
 
     generators = {
@@ -70,13 +69,19 @@ def save_generators(path: Path) -> None:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
     }
-    path.write_bytes(pickle.dumps(generators))
+    (folder / f"random-{rank}.pickle").write_bytes(pickle.dumps(generators))
 
 
-def load_generators(path: Path) -> None:
-    """Goes on with the random generators that were kept; the file is one of our own."""
+def load_generators(folder: Path, rank: int) -> None:
+    """Goes on with the random generators that a rank kept; the file is one of our own.
+
+    A rank more than there were when it was saved keeps those that it was set up with.
+    """
     import torch
 
+    path = folder / f"random-{rank}.pickle"
+    if not path.is_file():
+        return
     generators = pickle.loads(path.read_bytes())
     random.setstate(generators["python"])
     np.random.set_state(generators["numpy"])

@@ -44,6 +44,7 @@ from lightning_ray.learner.deepspeed_settings import (
 from lightning_ray.learner.folders import commit_folder, partial_folder
 from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
 from lightning_ray.learner.report import StepReport, averages
+from lightning_ray.learner.reshaping import load_engine
 from lightning_ray.learner.schedule import learning_rate
 from lightning_ray.trajectories.batch import list_arrays
 
@@ -224,9 +225,10 @@ class LearnerWorker:
             partial_folder(target)
         torch.distributed.barrier()
         self.engine.save_checkpoint(str(partial), tag=CHECKPOINT_TAG, save_latest=False)
-        save_generators(partial / f"random-{self.rank}.pickle")
+        save_generators(partial, self.rank)
         if self.rank == 0:
-            own = {"steps": self._steps, **shape_of(self.config)}
+            own = {"steps": self._steps, "num_ranks": self.config.num_ranks}
+            own |= shape_of(self.config)
             (partial / STATE_FILE).write_text(json.dumps({"learner": own, "state": state}))
         torch.distributed.barrier()
         if self.rank == 0:
@@ -247,10 +249,8 @@ class LearnerWorker:
             raise UserError(f"there is no learner checkpoint in {folder}; name one that was saved")
         saved = json.loads((folder / STATE_FILE).read_text())
         require_shape(folder, saved["learner"], self.config)
-        loaded, _ = self.engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        if loaded is None:
-            raise UserError(f"the checkpoint {folder} cannot be read; name another one")
-        load_generators(folder / f"random-{self.rank}.pickle")
+        load_engine(self.engine, folder, CHECKPOINT_TAG, saved["learner"]["num_ranks"])
+        load_generators(folder, self.rank)
         self._steps = saved["learner"]["steps"]
         # What the optimiser had is right for the weights; what the user has now set counts.
         for group, rate in zip(

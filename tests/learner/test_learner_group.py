@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_two_ranks_take_the_step_of_one_and_resume_in_new_processes(
     ray_cluster, model_dir, tmp_path, zero_stage
 ):
     config = dataclasses.replace(CONFIG, num_ranks=2, zero_stage=zero_stage)
-    one = LearnerWorker(CONFIG, str(model_dir), rank=0)
+    one = LearnerWorker(dataclasses.replace(config, num_ranks=1), str(model_dir), rank=0)
     one.setup(*one.address())
     reference = ray.put(batch())
     group = LearnerGroup(config, model_dir, f"two-{zero_stage}")
@@ -67,6 +68,8 @@ def test_two_ranks_take_the_step_of_one_and_resume_in_new_processes(
         group.stop()
     for report in reports:
         alone = dataclasses.asdict(one.step(batch(), LOSS))
+        if report.step == 1:
+            one.save_checkpoint(str(tmp_path / "alone-1"), {"cursor": 1})
         together = dataclasses.asdict(report)
         assert together["rows"] == 3  # so that the second rank also runs an empty row
         assert alone.pop("skipped") is together.pop("skipped") is None
@@ -81,6 +84,9 @@ def test_two_ranks_take_the_step_of_one_and_resume_in_new_processes(
 
     resumed = LearnerGroup(config, model_dir, f"resumed-{zero_stage}")
     try:
+        # What one rank saved, two go on from, and the other way round.
+        assert resumed.load_checkpoint(tmp_path / "alone-1", TIMEOUT_S) == {"cursor": 1}
+        assert same_step(resumed.step(reference, LOSS, TIMEOUT_S), reports[1])
         assert resumed.load_checkpoint(saved, TIMEOUT_S) == {"cursor": 1}
         assert resumed.step(reference, LOSS, TIMEOUT_S).step == 2
         resumed.publish(tmp_path / "v1-resumed", TIMEOUT_S)
@@ -89,6 +95,56 @@ def test_two_ranks_take_the_step_of_one_and_resume_in_new_processes(
     resumed_weights = parameters(tmp_path / "v1-resumed")
     for name, weight in parameters(published).items():
         assert (weight - resumed_weights[name]).abs().max().item() == 0, name
+    assert one.load_checkpoint(str(saved)) == {"cursor": 1}
+    assert same_step(one.step(batch(), LOSS), reports[1])
+    assert not list(tmp_path.glob(".*"))
+
+
+def same_step(one, other):
+    return (one.step, one.loss, one.grad_norm) == (
+        other.step,
+        pytest.approx(other.loss, rel=1e-4),
+        pytest.approx(other.grad_norm, rel=1e-4),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_ranks_with_adapter_critic_and_reference_take_the_steps_of_one(
+    ray_cluster, model_dir, tmp_path, zero_stage
+):
+    loss = dataclasses.replace(
+        LOSS,
+        kl=dataclasses.replace(LOSS.kl, coefficient=0.1),
+        critic=dataclasses.replace(LOSS.critic, coefficient=0.5),
+        entropy_coefficient=0.01,
+    )
+    config = dataclasses.replace(
+        CONFIG,
+        num_ranks=2,
+        zero_stage=zero_stage,
+        critic_rate=2.0,
+        lora=dataclasses.replace(CONFIG.lora, rank=4),
+    )
+    one = LearnerWorker(dataclasses.replace(config, num_ranks=1), str(model_dir), rank=0)
+    one.setup(*one.address())
+    reference = ray.put(batch())
+    group = LearnerGroup(config, model_dir, f"all-{zero_stage}")
+    try:
+        reports = [group.step(reference, loss, TIMEOUT_S)]
+        saved = group.save_checkpoint(tmp_path / "step-1", {}, TIMEOUT_S)
+        reports += [group.step(reference, loss, TIMEOUT_S) for _ in range(2)]
+    finally:
+        group.stop()
+    assert abs(reports[2].loss - reports[0].loss) > 1e-3
+    for report in reports:
+        alone = dataclasses.asdict(one.step(batch(), loss))
+        together = dataclasses.asdict(report)
+        assert alone.pop("skipped") is together.pop("skipped") is None
+        for name in alone.keys() - {"seconds"}:
+            assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+    one.load_checkpoint(str(saved))
+    assert same_step(one.step(batch(), loss), reports[1])
 
 
 def test_what_goes_wrong_in_an_actor_is_told_in_one_line(ray_cluster, model_dir, tmp_path):
@@ -98,9 +154,14 @@ def test_what_goes_wrong_in_an_actor_is_told_in_one_line(ray_cluster, model_dir,
             group.load_checkpoint(tmp_path / "nowhere", TIMEOUT_S)
         group.save_checkpoint(tmp_path / "step-0", {}, TIMEOUT_S)
         state = json.loads((tmp_path / "step-0" / "state.json").read_text())
-        state["learner"]["num_ranks"] = 2
+        state["learner"]["zero_stage"] = 2
         (tmp_path / "step-0" / "state.json").write_text(json.dumps(state))
-        with pytest.raises(UserError, match=r"learner\.num_ranks"):
+        with pytest.raises(UserError, match=r"learner\.zero_stage"):
+            group.load_checkpoint(tmp_path / "step-0", TIMEOUT_S)
+        state["learner"] |= {"zero_stage": CONFIG.zero_stage, "num_ranks": 2}
+        (tmp_path / "step-0" / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(tmp_path / "step-0" / "learner")
+        with pytest.raises(UserError, match="another number of ranks"):
             group.load_checkpoint(tmp_path / "step-0", TIMEOUT_S)
         with pytest.raises(InfrastructureError, match="waited 0 s for the learner's step"):
             group.step(ray.put(batch()), LOSS, 0.0)

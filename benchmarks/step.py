@@ -1,0 +1,157 @@
+"""`make bench-step`: whole GRPO steps of the default experiment against TRL's GRPOTrainer.
+
+    make bench-step
+    make bench-step ARGS="--rounds 1"
+
+A step is all there is to one: generate, score, learn, hand over the weights. Same model, tasks in
+the same order, samples, longest answer, type and settings of the algorithm; both start from the
+untrained model in every round. Timings never make it fail.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning_ray.cluster import quiet_environment
+
+quiet_environment()
+
+from benchmarks import report  # noqa: E402
+from benchmarks.bench import Bench, Benchmark  # noqa: E402
+from benchmarks.peer import Helper, Peer  # noqa: E402
+from benchmarks.peer_environment import ROOT, peer_python  # noqa: E402
+from benchmarks.report import Claim  # noqa: E402
+from lightning_ray.agents import load_tasks  # noqa: E402
+from lightning_ray.algorithms.config import AlgorithmConfig  # noqa: E402
+from lightning_ray.cluster.processor import multiplies_bfloat16  # noqa: E402
+from lightning_ray.learner import LearnerConfig  # noqa: E402
+from lightning_ray.policies.models import resolve_model  # noqa: E402
+from lightning_ray.training.order import TaskOrder  # noqa: E402
+
+THREADS = 2
+STEPS = int(os.environ.get("BENCH_STEPS", "12"))
+TASKS_PER_STEP = 8
+ROWS_AT_A_TIME = 16
+"""Of the peer: the fastest of 8, 16, 32 and 64 here."""
+RUN_WITHIN_S = 3600.0
+
+STEP = Claim("step", "s a step; ratio: the peer's over ours", 5)
+REWARD = Claim("step_reward", "mean reward of the last quarter of the steps", 1)
+HELDOUT = Claim("step_heldout", "held-out score after the last step", 1)
+
+Measured = dict[str, Any]
+
+
+def dtype() -> str:
+    """What the learner computes in here by itself."""
+    return "bf16" if multiplies_bfloat16() else "fp32"
+
+
+def ours(folder: Path, seed: int) -> Measured:
+    """One run of the command that `make train` runs, with as many steps."""
+    command = [
+        str(Path(sys.executable).with_name("lightning-ray")),
+        "train",
+        "experiment=calculator",
+        f"training.steps={STEPS}",
+        f"training.seed={seed}",
+        f"training.tasks_per_step={TASKS_PER_STEP}",
+        f"training.output_dir={folder}",
+    ]
+    with (folder / "train.log").open("w") as log:
+        done = subprocess.run(
+            command, stdout=log, stderr=log, cwd=ROOT, timeout=RUN_WITHIN_S, check=False
+        )
+    if done.returncode:
+        tail = "\n".join((folder / "train.log").read_text().splitlines()[-15:])
+        raise RuntimeError(f"our run failed:\n{tail}")
+    (path,) = folder.glob("*/summary.json")
+    summary = json.loads(path.read_text())
+    history = summary["history"]
+    return {
+        "seconds": [row["seconds"] for row in history],
+        "rewards": [row["reward"] for row in history],
+        "answer_tokens": [row["sampled_tokens"] / max(row["attempts"], 1.0) for row in history],
+        "parts": {
+            name: statistics.median(row[f"seconds_{name}"] for row in history)
+            for name in ("rollouts", "batch", "learn", "weights")
+        },
+        "heldout": summary["heldout_after"],
+    }
+
+
+def theirs(peer: Helper, seed: int) -> Measured:
+    """One run of TRL's trainer on the tasks that our run takes, in their order."""
+    order = TaskOrder(load_tasks(ROOT / "examples/calculator/train.jsonl"), seed)
+    heldout = load_tasks(ROOT / "examples/calculator/heldout.jsonl")
+    learner, algorithm = LearnerConfig(), AlgorithmConfig()
+    return peer.ask(
+        tasks=[dict(task.data) for task in order.take(0, STEPS * TASKS_PER_STEP)],
+        heldout=[dict(task.data) for task in heldout],
+        steps=STEPS,
+        tasks_per_step=TASKS_PER_STEP,
+        group_size=algorithm.group_size,
+        learning_rate=learner.learning_rate,
+        epsilon=algorithm.loss.epsilon_low,
+        seed=seed,
+    )
+
+
+def step_seconds(measured: Measured) -> float:
+    """Median over the steps of a run but the first, which warms both up."""
+    return statistics.median(measured["seconds"][1:])
+
+
+def last_quarter(measured: Measured) -> float:
+    """Mean reward of the last steps."""
+    return statistics.fmean(measured["rewards"][-max(1, STEPS // 4) :])
+
+
+def bench_step(bench: Bench) -> None:
+    """Both train as many steps in every round, with a seed of its own."""
+    arguments = (str(resolve_model("embedded")), dtype(), str(THREADS), str(ROWS_AT_A_TIME))
+
+    def make() -> Helper:
+        return Peer(
+            peer_python("trl", bench.say), "trl_train.py", *arguments, answers_within_s=RUN_WITHIN_S
+        )
+
+    peer = bench.helper("trl", make)
+    bench.packages["trl"] = peer.ready
+    seeds = {"ours": iter(range(bench.rounds)), "peer": iter(range(bench.rounds))}
+    measured = bench.alternate(
+        "step",
+        "s a step",
+        {
+            "ours": bench.in_folder(lambda folder: ours(folder, next(seeds["ours"]))),
+            "peer": lambda: theirs(peer, next(seeds["peer"])),
+        },
+        step_seconds,
+    )
+    both = {
+        "seconds": [[step_seconds(one) for one in measured[side]] for side in ("ours", "peer")],
+        "reward": [[last_quarter(one) for one in measured[side]] for side in ("ours", "peer")],
+        "heldout": [[one["heldout"] for one in measured[side]] for side in ("ours", "peer")],
+    }
+    mine, other = (statistics.median(side) for side in both["seconds"])
+    bench.results.append(report.Result(STEP.name, mine, other, other / mine, STEP.unit))
+    bench.results.append(report.compared(REWARD, *both["reward"]))
+    bench.results.append(report.compared(HELDOUT, *both["heldout"]))
+
+
+STEPS_OF_TRAINING = Benchmark(
+    name="step",
+    about=__doc__.splitlines()[0],
+    claims=[STEP, REWARD, HELDOUT],
+    parts={"step": bench_step},
+    packages=["torch", "deepspeed", "transformers", "vllm", "ray"],
+    room=8 * 10**9,
+    object_store_mib=128,
+)
+
+if __name__ == "__main__":
+    sys.exit(STEPS_OF_TRAINING.main())
