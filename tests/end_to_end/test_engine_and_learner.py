@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -21,17 +20,13 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from end_to_end.shared_engine import SharedEngine
 from lightning_ray.algorithms import LossConfig
 from lightning_ray.cluster.processor import multiplies_bfloat16
-from lightning_ray.inference import (
-    Attribution,
-    InferenceConfig,
-    InferenceGroup,
-    attribution_headers,
-)
+from lightning_ray.inference import Attribution, InferenceGroup, attribution_headers
 from lightning_ray.jobs.compose import compose_config
-from lightning_ray.learner import LearnerConfig, LearnerGroup
-from lightning_ray.spans import SpanClient, SpansConfig, start_store
+from lightning_ray.learner import LearnerGroup
+from lightning_ray.spans import SpanClient
 from lightning_ray.training import TrainConfig
 from lightning_ray.trajectories import build_sequences, trainable_counts, with_advantages
 
@@ -46,11 +41,16 @@ AGREED = TOLERANCE if multiplies_bfloat16() else 0.0005
 
 @dataclass
 class Stack:
-    engines: InferenceGroup
+    shared: SharedEngine
     learner: LearnerGroup
-    store: SpanClient
-    base: Path
-    version: int = 0
+
+    @property
+    def engines(self) -> InferenceGroup:
+        return self.shared.group
+
+    @property
+    def store(self) -> SpanClient:
+        return self.shared.store
 
     def headers(self, rollout: str) -> dict[str, str]:
         attribution = Attribution("run", rollout, f"{rollout}/1", "gpt-4o-mini", "")
@@ -97,20 +97,13 @@ def question(number: int) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def stack(ray_cluster, real_model, tmp_path_factory) -> Iterator[Stack]:
-    """The default configuration's engine and learner; a learning rate that shows after one step."""
+def stack(shared_engine: SharedEngine) -> Iterator[Stack]:
+    """The shared engine, and a learner whose rate shows after one step."""
     config: TrainConfig = compose_config("train", TrainConfig, ["experiment=calculator"])
-    inference: InferenceConfig = config.inference
-    learner_config: LearnerConfig = config.learner
-    learner_config.learning_rate = 2e-5
-    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
-    engines = InferenceGroup(inference, str(real_model), "policy", ["gpt-4o-mini"], 0, store)
-    learner = LearnerGroup(learner_config, real_model, "test")
-    engines.wait_ready()
-    yield Stack(engines, learner, store, real_model)
+    config.learner.learning_rate = 2e-5
+    learner = LearnerGroup(config.learner, shared_engine.base, "test")
+    yield Stack(shared_engine, learner)
     learner.stop()
-    engines.stop()
-    store.close()
 
 
 def test_an_engine_answers_nobody_without_its_key(stack):
@@ -125,7 +118,7 @@ def test_recorded_tokens_are_those_of_the_reply(stack):
     assert call["token_ids"] == reply["prompt_token_ids"] + sampled
     told = [item["logprob"] for item in reply["choices"][0]["logprobs"]["content"]]
     assert np.allclose(call["logprobs"], told, atol=1e-6)
-    assert call["version"] == stack.version and call["finish_reason"] in ("stop", "length")
+    assert call["version"] == stack.shared.version and call["finish_reason"] in ("stop", "length")
 
 
 def test_a_reply_is_the_same_whether_streamed_or_not_and_recorded_alike(stack):
@@ -207,10 +200,9 @@ def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(st
     assert moved > 2 * TOLERANCE
 
     folder = stack.learner.publish(tmp_path / "version-1", 120)
-    stack.engines.update_weights(str(folder), 1)
-    stack.version = 1
+    stack.shared.take_on(folder)
     after = stack.sample("after", 32)
-    assert {v for row in after["versions"].to_pylist() for v in row} == {-1, 1}
+    assert {v for row in after["versions"].to_pylist() for v in row} == {-1, stack.shared.version}
     renewed = stack.difference(after)
     print(f"{renewed:.4f} at version 1")
     assert renewed <= AGREED
@@ -237,11 +229,9 @@ def test_the_prefix_cache_never_crosses_versions(stack, tmp_path):
         return float(np.mean([abs(a[t] - b[t]) for a, b in pairs for t in a.keys() & b.keys()]))
 
     ask("warm")
-    stack.engines.update_weights(str(stack.base), 2)
-    stack.version = 2
+    stack.shared.take_on(stack.shared.base)
     old = ask("crossed")
-    stack.engines.update_weights(str(stack.learner.publish(tmp_path / "version-3", 120)), 3)
-    stack.version = 3
+    stack.shared.take_on(stack.learner.publish(tmp_path / "version-3", 120))
     new = ask("back")
     # A salt that nobody used before finds nothing in the cache.
     uncached = ask("uncached", cache_salt="never used before")
@@ -253,15 +243,14 @@ def test_the_prefix_cache_never_crosses_versions(stack, tmp_path):
 def test_an_update_reaches_an_output_head_that_shares_the_embedding(stack, tmp_path):
     """No checkpoint names such a head; a CPU multiplies by a packed copy of it."""
     asked = question(23) | {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
-    model = AutoModelForCausalLM.from_pretrained(stack.base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(stack.shared.base, dtype=torch.float32)
     model.eval()
-    folder = shutil.copytree(stack.base, tmp_path / "flatter")
+    folder = shutil.copytree(stack.shared.base, tmp_path / "flatter")
     with torch.no_grad():
         # The blocks normalise what they read, so that this does little but halve the logits.
         model.get_output_embeddings().weight.mul_(0.5)
     model.save_pretrained(folder)
-    stack.engines.update_weights(str(folder), 4)
-    stack.version = 4
+    stack.shared.take_on(folder)
     reply = stack.post("flatter", **asked, return_token_ids=True).json()
     with torch.no_grad():
         logits = model(torch.tensor([reply["prompt_token_ids"]])).logits[0, -1]
@@ -275,6 +264,7 @@ def test_an_update_reaches_an_output_head_that_shares_the_embedding(stack, tmp_p
 def test_calls_go_on_through_an_update(stack, tmp_path):
     """Calls that run or arrive while the weights change end well, each on one version."""
     folder = stack.learner.publish(tmp_path / "version-5", 120)
+    before = stack.shared.version
 
     async def both() -> list[int]:
         async with httpx.AsyncClient(timeout=120) as client:
@@ -283,11 +273,10 @@ def test_calls_go_on_through_an_update(stack, tmp_path):
                 client.post(url, headers=stack.headers(f"through{i}"), json=question(i))
                 for i in range(24)
             ]
-            update = asyncio.to_thread(stack.engines.update_weights, str(folder), 5)
+            update = asyncio.to_thread(stack.shared.take_on, folder)
             replies = await asyncio.gather(*calls, update)
         return [reply.status_code for reply in replies[:-1]]
 
     assert asyncio.run(both()) == [200] * 24
-    stack.version = 5
     versions = {row["version"] for row in stack.spans(*[f"through{i}" for i in range(24)])}
-    assert versions <= {4, 5}
+    assert versions <= {before, before + 1}

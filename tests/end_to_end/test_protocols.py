@@ -16,6 +16,7 @@ import httpx
 import pytest
 import ray
 
+from end_to_end.shared_engine import SharedEngine
 from lightning_ray.gateway import (
     Answerer,
     GatewayConfig,
@@ -24,16 +25,9 @@ from lightning_ray.gateway import (
     start_gateway,
     stop_gateway,
 )
-from lightning_ray.inference import (
-    Attribution,
-    InferenceConfig,
-    InferenceGroup,
-    attribution_headers,
-)
-from lightning_ray.jobs.compose import compose_config
+from lightning_ray.inference import Attribution, InferenceGroup, attribution_headers
 from lightning_ray.rollouts import QueueClient, RolloutsConfig, RolloutSpec, start_queue
-from lightning_ray.spans import SpanClient, SpansConfig, start_store
-from lightning_ray.training import TrainConfig
+from lightning_ray.spans import SpanClient
 from lightning_ray.trajectories import rebuild_trees
 
 pytestmark = pytest.mark.timeout(900)
@@ -49,6 +43,7 @@ class Stack:
     store: SpanClient
     url: str
     model: Path
+    version: int
     attempts: int = 0
 
     def direct(self, path: str, body: Any) -> httpx.Response:
@@ -82,16 +77,10 @@ def _tokenizer(model: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stack(ray_cluster, real_model, tmp_path_factory) -> Iterator[Stack]:
-    config: TrainConfig = compose_config("train", TrainConfig, ["experiment=calculator"])
-    inference: InferenceConfig = config.inference
-    inference.tool_call_parser = "hermes"
-    # A small model keeps to a tool's schema only where it must.
-    inference.extra = {"tool_strict_level": "parameter"}
-    store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
-    engines = InferenceGroup(inference, str(real_model), "policy", ["gpt-4o-mini"], 3, store)
+def stack(shared_engine: SharedEngine) -> Iterator[Stack]:
+    shared_engine.take_on(shared_engine.base)
+    engines, store = shared_engine.group, shared_engine.store
     queue = start_queue("run", RolloutsConfig())
-    engines.wait_ready()
     gateway = GatewayConfig()
     url = start_gateway(
         gateway,
@@ -101,10 +90,8 @@ def stack(ray_cluster, real_model, tmp_path_factory) -> Iterator[Stack]:
         [Answerer("policy", tuple(engines.urls), engines.key)],
         store,
     )
-    yield Stack(engines, queue, store, url, real_model)
+    yield Stack(engines, queue, store, url, shared_engine.base, shared_engine.version)
     stop_gateway()
-    engines.stop()
-    store.close()
     ray.kill(queue.actor)
 
 
@@ -223,7 +210,7 @@ def test_a_reply_is_the_engines_own_and_its_tokens_are_recorded(stack: Stack, na
     assert len(calls) == body.get("n", 1)
     answers = list(strings(reply.json()))
     for call in calls:
-        assert (call["version"], call["policy"]) == (3, "policy")
+        assert (call["version"], call["policy"]) == (stack.version, "policy")
         text = stack.text(call)
         if "tools" in body and "auto" not in name:
             wanted = given_to_tool(text)
