@@ -1,7 +1,8 @@
 # make train   sets up and trains the default experiment: an agent that never heard of us
 # make test    sets up and runs the tests; make test-all also those that take minutes each, and more
 #              examples of every property
-# make test-frameworks   makes the environment of every example agent, then runs them all
+# make test-frameworks   makes the environment of every example agent, then runs them all; with
+#              FRAMEWORKS="curl openai" those alone
 # make bench-spans   measures the span store beside agentlightning 0.3.0, see docs/benchmarks.md
 # make bench-learner   measures a step of the learner beside TRL's
 # make bench-step      measures whole steps of the default experiment beside TRL's trainer
@@ -9,6 +10,8 @@
 # make check   format, lint, types, and the direction of imports
 VENV ?= .venv
 ARGS ?=
+# Which example agents: all of them, unless names are given.
+FRAMEWORKS ?=
 
 .PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-step check format lock clean
 .DEFAULT_GOAL := train
@@ -28,8 +31,8 @@ test-all: setup
 	@HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest -m "not frameworks" $(ARGS)
 
 test-frameworks: setup
-	@$(VENV)/bin/python examples/frameworks/environments.py
-	@$(VENV)/bin/python -m pytest tests/frameworks $(ARGS)
+	@$(VENV)/bin/python examples/frameworks/environments.py $(FRAMEWORKS)
+	@FRAMEWORKS="$(FRAMEWORKS)" $(VENV)/bin/python -m pytest tests/frameworks $(ARGS)
 
 bench-spans: setup
 	@$(VENV)/bin/python -m benchmarks.spans $(ARGS)

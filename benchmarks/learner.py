@@ -25,8 +25,8 @@ from lightning_ray.cluster.processor import multiplies_bfloat16  # noqa: E402
 from lightning_ray.policies.models import resolve_model  # noqa: E402
 
 THREADS = 2
-STEPS = 2
-"""Steps of one measurement."""
+STEPS = {"shared_prompt": 2, "multi_turn": 1, "nothing_shared": 2}
+"""Steps of one measurement; the peer takes minutes for one of several turns."""
 SAME_GRADIENT = 0.02
 """Relative difference of the two norms; the types compute with eight bits of mantissa or more."""
 
@@ -74,14 +74,14 @@ def compare(bench: Bench, name: str) -> tuple[list[Measured], list[Measured]]:
         )
 
     def rate(measured: Measured) -> float:
-        return work.tokens * STEPS / float(measured["seconds"])
+        return work.tokens * STEPS[name] / float(measured["seconds"])
 
     measured = bench.alternate(
         name,
         "tokens/s",
         {
-            "ours": partial(ours.ask, **about_ours, repeat=STEPS),
-            "peer": partial(peer.ask, **about_peer, repeat=STEPS),
+            "ours": partial(ours.ask, **about_ours, repeat=STEPS[name]),
+            "peer": partial(peer.ask, **about_peer, repeat=STEPS[name]),
         },
         rate,
     )
@@ -93,6 +93,7 @@ def compare(bench: Bench, name: str) -> tuple[list[Measured], list[Measured]]:
 def bench_shared(bench: Bench) -> None:
     """8 samples that share their prompt."""
     compare(bench, "shared_prompt")
+    bench.end_helpers()
 
 
 def bench_turns(bench: Bench) -> None:
@@ -100,6 +101,7 @@ def bench_turns(bench: Bench) -> None:
     ours, peer = compare(bench, "multi_turn")
     mine, theirs = ours[-1]["peak_mb"], peer[-1]["peak_mb"]
     bench.results.append(report.Result("memory", mine, theirs, mine / theirs, MEMORY.unit))
+    bench.end_helpers()
 
 
 def bench_nothing_shared(bench: Bench) -> None:
@@ -109,7 +111,7 @@ def bench_nothing_shared(bench: Bench) -> None:
     rates = [helper.ask(do="matmul")["flops"] for _ in range(3)]
     weights = matrix_parameters()
     # Forward and backward of every weight that multiplies: 2 and 4 operations a token.
-    operations = 6 * weights * ours[0]["computed"] * STEPS
+    operations = 6 * weights * ours[0]["computed"] * STEPS["nothing_shared"]
     shares = [operations / one["seconds"] / statistics.median(rates) for one in ours]
     bench.facts["matmul_flops"] = rates
     bench.results.append(report.alone(MATMUL_SHARE, statistics.median(shares)))

@@ -53,6 +53,8 @@ class Helper:
         traceback: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None
+        if self._process.poll() is not None:
+            return
         self._process.stdin.close()
         try:
             self._process.wait(15)

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in asked.names or known():
             if asked.lock:
                 lock(name)
-            else:
+            elif _pinned(name) or not (EXAMPLES / name).is_dir():
                 make(name)
     except MistakeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,6 +58,8 @@ def known() -> list[str]:
 def make(name: str) -> None:
     """The environment of one example. Raises MistakeError when it cannot be made."""
     pinned = _pinned(name)
+    if pinned is None:
+        raise MistakeError(f"no pinned environment {name!r}; there are: {', '.join(known())}")
     folder = ENVIRONMENTS / name
     ready = folder / ".ready"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -100,11 +102,11 @@ def lock(name: str) -> None:
     shutil.rmtree(folder)
 
 
-def _pinned(name: str) -> Path:
+def _pinned(name: str) -> Path | None:
     for file in ("requirements.lock", "package-lock.json"):
         if (EXAMPLES / name / file).is_file():
             return EXAMPLES / name / file
-    raise MistakeError(f"no pinned environment {name!r}; there are: {', '.join(known())}")
+    return None
 
 
 def _pip(name: str, folder: Path, *arguments: str) -> None:

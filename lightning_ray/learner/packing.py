@@ -293,3 +293,23 @@ def _built(chunks: Sequence[list[_Sequence]]) -> _RowBuilder:
 def _order(sequence: _Sequence) -> bytes:
     # Big-endian bytes of numbers that are not negative sort as the numbers do.
     return sequence.tokens.astype(">i8").tobytes()
+
+
+def foreign_tokens(batch: pa.Table, known: int) -> str | None:
+    """Why a batch cannot be of a model that knows so many tokens; None if it can."""
+    _, tokens = list_arrays(batch["token_ids"])
+    if not len(tokens) or 0 <= tokens.min() <= tokens.max() < known:
+        return None
+    strange = tokens.max() if tokens.max() >= known else tokens.min()
+    return (
+        f"the batch has token {strange}, the model knows 0 to {known - 1}: it was sampled with "
+        "another tokenizer"
+    )
+
+
+def trainable_values(batch: pa.Table, name: str) -> npt.NDArray[np.generic]:
+    """The values of a list column where `trainable` is true, of all rows one after the other."""
+    _, trainable = list_arrays(batch["trainable"])
+    _, values = list_arrays(batch[name])
+    selected: npt.NDArray[np.generic] = values[trainable.astype(np.bool_)]
+    return selected

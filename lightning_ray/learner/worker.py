@@ -42,7 +42,14 @@ from lightning_ray.learner.deepspeed_settings import (
     set_environment,
 )
 from lightning_ray.learner.folders import commit_folder, partial_folder
-from lightning_ray.learner.packing import PackedBatch, Row, pack, share_of_rank
+from lightning_ray.learner.packing import (
+    PackedBatch,
+    Row,
+    foreign_tokens,
+    pack,
+    share_of_rank,
+    trainable_values,
+)
 from lightning_ray.learner.report import StepReport, averages
 from lightning_ray.learner.reshaping import load_engine
 from lightning_ray.learner.schedule import learning_rate
@@ -118,6 +125,7 @@ class LearnerWorker:
 
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         module = load_policy(self.model_dir, self.config, self._dtype)
+        self._vocabulary = int(module.model.config.vocab_size)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(self.config, module),
@@ -131,16 +139,17 @@ class LearnerWorker:
         `own` is the algorithm's own loss, in place of the one that `loss` names.
         """
         start = time.perf_counter()
-        packed = pack(batch, self.config.tokens_per_row, loss)
+        foreign = foreign_tokens(batch, self._vocabulary)
+        packed = pack(batch.slice(0, 0) if foreign else batch, self.config.tokens_per_row, loss)
         self._steps += 1
         totals = self._accumulate(packed, loss, own)
         if packed.rows:
             self._set_rate(learning_rate(self.config, self._steps))
             self.engine.step()
-        versions = _trainable_values(batch, "versions")
+        versions = trainable_values(batch, "versions")
         return StepReport(
             step=self._steps,
-            skipped=self._skipped(packed, totals["loss"]),
+            skipped=foreign or self._skipped(packed, totals["loss"]),
             loss=totals["loss"],
             grad_norm=self._grad_norm() if packed.rows else 0.0,
             learning_rate=float(self.engine.get_lr()[0]),
@@ -388,11 +397,3 @@ class LearnerWorker:
         """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
-
-
-def _trainable_values(batch: pa.Table, name: str) -> npt.NDArray[Any]:
-    """The values of a list column where `trainable` is true."""
-    _, trainable = list_arrays(batch["trainable"])
-    _, values = list_arrays(batch[name])
-    selected: npt.NDArray[Any] = values[trainable.astype(np.bool_)]
-    return selected

@@ -50,6 +50,9 @@ EXAMPLES = [
 ]
 """What `make test-frameworks` runs."""
 
+WANTED = os.environ.get("FRAMEWORKS", "").split()
+"""Names of examples; all where there is none."""
+
 
 @pytest.fixture(scope="session")
 def importable_witness() -> Iterator[None]:
@@ -75,7 +78,11 @@ def tokenizer(real_model: Path) -> Tokenizer:
     return Tokenizer.from_file(str(real_model / "tokenizer.json"))
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.id)
+@pytest.mark.parametrize(
+    "example",
+    [example for example in EXAMPLES if not WANTED or example.name in WANTED],
+    ids=lambda example: example.id,
+)
 def test_a_framework_is_run_recorded_exactly_and_learnt_from(
     example: Example, stack: Stack, tokenizer: Tokenizer
 ) -> None:

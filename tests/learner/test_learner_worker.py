@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from learner_support import load_plain, plain_loss, tiny_model, to_table
+from learner_support import VOCABULARY, load_plain, plain_loss, tiny_model, to_table
 from transformers import AutoModelForCausalLM
 
 from lightning_ray.algorithms import LossConfig
@@ -220,6 +220,18 @@ def test_what_is_not_finite_never_reaches_the_weights(model_dir, dtype, zero_sta
     fresh.step(healthy, LOSS)
     assert largest_difference(weights(worker), before) > 0
     assert largest_difference(weights(worker), weights(fresh)) == 0
+
+
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+def test_a_batch_of_another_tokenizer_is_skipped_and_says_so(model_dir, token):
+    worker = start(model_dir)
+    before = weights(worker)
+    batch = to_table([{"token_ids": [1, token, 3], "trainable": [False, True, True]}])
+    report = worker.step(batch, LOSS)
+    assert (
+        report.skipped is not None and f"token {token}, the model knows 0 to 255" in report.skipped
+    )
+    assert report.rows == 0 and largest_difference(weights(worker), before) == 0
 
 
 def test_a_batch_with_nothing_to_learn_changes_nothing(model_dir):
