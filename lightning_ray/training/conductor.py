@@ -25,7 +25,7 @@ from lightning_ray.learner import StepReport, read_state
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
-from lightning_ray.training.batches import Batch, make_batch
+from lightning_ray.training.batches import Batch
 from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.dynamic import fill_up
 from lightning_ray.training.folder import RunFolder
@@ -246,10 +246,9 @@ class Conductor:
         """The step's batch: a reference to its sequences, and what is known of them."""
         # Those that were tried again as well: the checks say why.
         ended = [attempt for record in records for attempt, _ in record.attempts]
-        # A task of its own: the spans go from the store to it, and its table to the learner,
-        # without passing through this process.
-        build = ray.remote(make_batch).options(num_cpus=0, num_returns=2)
-        sequences, batch = build.remote(
+        # The spans go from the store to it, and its table to the learner, without passing through
+        # this process.
+        sequences, batch = self._parts.batches.make.options(num_returns=2).remote(
             list(records),
             self._parts.store.read(ended),
             self._algorithm,
@@ -270,6 +269,8 @@ class Conductor:
             if isinstance(error.cause, UserError):
                 raise error.cause from error
             raise InfrastructureError(f"the step's batch was not built: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            raise InfrastructureError(f"the step's batch was not built: {error}") from error
 
     def _heed(self, step: int, batch: Batch) -> None:
         """Records what the checks found. Raises UserError when one of them says to stop."""

@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import ray
+from ray.actor import ActorHandle
 
 from lightning_ray.cluster import Needs
 from lightning_ray.errors import LightningRayError
@@ -25,6 +27,7 @@ from lightning_ray.policies.models import resolve_model
 from lightning_ray.rollouts import QueueClient, WorkerGroup, start_queue
 from lightning_ray.spans import SpanClient, start_store
 from lightning_ray.tracking import Progress
+from lightning_ray.training.batch_maker import start_batch_maker
 from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.folder import RunFolder
 
@@ -56,6 +59,8 @@ class Parts:
     frozen: dict[str, InferenceGroup]
     """Engines of the policies that stay as they are; one with an upstream has none."""
     learner: LearnerGroup
+    batches: ActorHandle
+    """Builds a step's batch (`BatchMaker`)."""
     workers: WorkerGroup
     url: str
     """The gateway's base URL, "http://HOST:PORT"."""
@@ -127,6 +132,8 @@ class Parts:
                 for name, folder in models.items()
             }
             if learn:
+                self.batches = start_batch_maker()
+                self._at_end(partial(ray.kill, self.batches))
                 self._start_learner()
             groups |= self.frozen
             return [Answerer(n, tuple(g.wait_ready()), g.key) for n, g in groups.items()]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import httpx
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import ray
@@ -165,6 +166,16 @@ def test_an_abandoned_stream_is_recorded_as_far_as_it_went(stack):
     assert 0 < len(call["logprobs"]) < 400
     # And nobody goes on generating for a client that went away.
     assert stack.engines.states()[0].calls_inside == 0
+
+
+def test_vllms_core_waits_asleep_while_its_worker_computes(stack):
+    """It would spin, and take a core that the agents or the forward pass itself need."""
+    (core,) = [p for p in psutil.process_iter() if p.name().startswith("VLLM::EngineCor")]
+    before, begun = sum(core.cpu_times()[:2]), time.monotonic()
+    stack.post("long", **{**question(4), "max_tokens": 200, "ignore_eos": True})
+    share = (sum(core.cpu_times()[:2]) - before) / (time.monotonic() - begun)
+    print(f"vLLM's core used {share:.2f} of a processor")
+    assert share < 0.5
 
 
 def test_a_second_turn_stores_only_what_it_adds(stack):

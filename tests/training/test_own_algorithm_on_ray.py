@@ -15,7 +15,7 @@ from lightning_ray.algorithms import AlgorithmConfig, make_algorithm, own_loss
 from lightning_ray.errors import UserError
 from lightning_ray.learner import LearnerConfig, LearnerGroup
 from lightning_ray.spans import to_batch
-from lightning_ray.training.batches import make_batch
+from lightning_ray.training.batch_maker import start_batch_maker
 from lightning_ray.training.shipping import ship_by_value
 
 NAME = "far_algorithm:LeaveOneOut"
@@ -42,14 +42,18 @@ def algorithm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     del sys.modules["far_algorithm"]
 
 
-def test_it_scores_in_a_task_and_its_loss_is_learnt_in_an_actor(
+def test_it_scores_where_batches_are_made_and_its_loss_is_learnt_in_an_actor(
     ray_cluster: None, algorithm, tmp_path: Path
 ) -> None:
-    build = ray.remote(make_batch).options(num_cpus=0, num_returns=2)
+    maker = start_batch_maker()
     records = [record("a", "g", 1.0), record("b", "g", 0.0), record("c", "g", 0.0)]
     rows = calls("a/1", [1, 2]) + calls("b/1", [3]) + calls("c/1", [4])
     spans = pa.Table.from_batches([to_batch(rows + ends(records))])
-    sequences, batch = build.remote(records, ray.put(spans), algorithm, "policy", settings=SETTINGS)
+    # A process that dies is started anew: it holds nothing.
+    ray.get(maker.__ray_ready__.remote(), timeout=60)
+    ray.kill(maker, no_restart=False)
+    arguments = (records, ray.put(spans), algorithm, "policy", None, None, SETTINGS)
+    sequences, batch = maker.make.options(num_returns=2).remote(*arguments)
     credit = {"a/1": 1.0, "b/1": -0.5, "c/1": -0.5}
     assert ray.get(batch, timeout=60).advantages == credit
     config = LearnerConfig(dtype="fp32", num_threads=1)
@@ -71,7 +75,8 @@ def test_it_scores_in_a_task_and_its_loss_is_learnt_in_an_actor(
     worse = [record("a", "g", 7.0), record("b", "g", 0.0)]
     rows = calls("a/1", [1]) + calls("b/1", [3]) + ends(worse)
     spans = pa.Table.from_batches([to_batch(rows)])
-    _, batch = build.remote(worse, ray.put(spans), algorithm, "policy", settings=SETTINGS)
+    arguments = (worse, ray.put(spans), algorithm, "policy", None, None, SETTINGS)
+    _, batch = maker.make.options(num_returns=2).remote(*arguments)
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
         ray.get(batch, timeout=60)
     assert isinstance(raised.value.cause, UserError)

@@ -1,0 +1,28 @@
+"""Where batches are built: an actor, so that no step waits for a process to start.
+
+A task would do the same work; but Ray ends a process that had nothing to do for a second, and a new
+one takes two seconds to import what building a batch needs: as long as the weights take.
+"""
+
+from typing import Any
+
+import ray
+
+from lightning_ray.training.batches import make_batch
+
+TRIES = 2
+"""How often a batch is built again whose actor died meanwhile: it has no state of its own."""
+
+
+class BatchMaker:
+    """The actor's class."""
+
+    def make(self, *arguments: Any) -> Any:
+        """What `make_batch` returns, as two objects: the sequences, and what is known of them."""
+        return make_batch(*arguments)
+
+
+def start_batch_maker() -> "ray.actor.ActorHandle":
+    """An actor of `BatchMaker`; it is gone with the job."""
+    actor = ray.remote(BatchMaker).options(num_cpus=0, max_restarts=-1, max_task_retries=TRIES)
+    return actor.remote()
