@@ -16,7 +16,7 @@ from lightning_ray.cluster.environment import quiet_environment
 quiet_environment()
 
 # How long an example takes says nothing on a machine that is shared.
-hypothesis.settings.register_profile("fast", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 

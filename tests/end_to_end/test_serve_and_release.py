@@ -26,7 +26,7 @@ from lightning_ray.policies import PolicyRegistry, PolicyVersion
 from lightning_ray.spans import read_folder
 from lightning_ray.tracking.store import default_uri
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PAUSE_S = 1.0
 """How long somebody reads an answer."""
@@ -280,7 +280,6 @@ ray.shutdown()
 """
 
 
-@pytest.mark.slow
 def test_ray_serve_runs_the_application_that_a_ray_service_names(service, monkeypatch):
     monkeypatch.setenv("WEB_KEY", KEY)
     done = subprocess.run(

@@ -64,7 +64,8 @@ def test_held_out_scores_before_and_after_are_told_apart_by_their_step() -> None
     ]
 
 
-@pytest.mark.filterwarnings("error")
+# Of the drawing: a file that another test left open is noticed at any time.
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
 def test_many_runs_with_long_names_and_one_of_a_single_step_fit_a_picture(tmp_path: Path) -> None:
     curves = {
         f"learning_rate=1e-0{at}, group_size={at}": [
