@@ -21,7 +21,8 @@ from benchmarks.bench import Bench, Benchmark  # noqa: E402
 from benchmarks.peer import Helper, Peer, our_helper  # noqa: E402
 from benchmarks.peer_environment import peer_python  # noqa: E402
 from benchmarks.report import Claim  # noqa: E402
-from lightning_ray.cluster.processor import multiplies_bfloat16  # noqa: E402
+from lightning_ray.learner import LearnerConfig  # noqa: E402
+from lightning_ray.learner.deepspeed_settings import resolved_dtype  # noqa: E402
 from lightning_ray.policies.models import resolve_model  # noqa: E402
 
 THREADS = 2
@@ -41,15 +42,10 @@ MATMUL_SHARE = Claim("matmul_share", "of the rate of a matrix product", 0.4)
 Measured = dict[str, Any]
 
 
-def dtype() -> str:
-    """What the learner computes in here by itself."""
-    return "bf16" if multiplies_bfloat16() else "fp32"
-
-
 def sides(bench: Bench, name: str) -> tuple[Helper, Helper]:
     """Our learner and the peer's, each in processes of this part alone, for their memory."""
     folder = str(resolve_model("embedded"))
-    arguments = (folder, dtype(), str(THREADS))
+    arguments = (folder, resolved_dtype(LearnerConfig()), str(THREADS))
     ours = bench.helper(f"ours {name}", lambda: our_helper("learner_side", *arguments))
 
     def make() -> Helper:

@@ -26,15 +26,15 @@ from benchmarks.peer import Helper, Peer  # noqa: E402
 from benchmarks.peer_environment import ROOT, peer_python  # noqa: E402
 from benchmarks.report import Claim  # noqa: E402
 from lightning_ray.agents import load_tasks  # noqa: E402
-from lightning_ray.algorithms.config import AlgorithmConfig  # noqa: E402
-from lightning_ray.cluster.processor import multiplies_bfloat16  # noqa: E402
+from lightning_ray.jobs.compose import compose_config  # noqa: E402
 from lightning_ray.learner import LearnerConfig  # noqa: E402
+from lightning_ray.learner.deepspeed_settings import resolved_dtype  # noqa: E402
 from lightning_ray.policies.models import resolve_model  # noqa: E402
+from lightning_ray.training import TrainConfig  # noqa: E402
 from lightning_ray.training.order import TaskOrder  # noqa: E402
 
 THREADS = 2
 STEPS = int(os.environ.get("BENCH_STEPS", "12"))
-TASKS_PER_STEP = 8
 ROWS_AT_A_TIME = 16
 """Of the peer: a quarter of its batch, whose logits fit in memory beside the model."""
 RUN_WITHIN_S = 3600.0
@@ -46,11 +46,6 @@ HELDOUT = Claim("step_heldout", "held-out score after the last step", 1)
 Measured = dict[str, Any]
 
 
-def dtype() -> str:
-    """What the learner computes in here by itself."""
-    return "bf16" if multiplies_bfloat16() else "fp32"
-
-
 def ours(folder: Path, seed: int) -> Measured:
     """One run of the command that `make train` runs, with as many steps."""
     command = [
@@ -59,7 +54,6 @@ def ours(folder: Path, seed: int) -> Measured:
         "experiment=calculator",
         f"training.steps={STEPS}",
         f"training.seed={seed}",
-        f"training.tasks_per_step={TASKS_PER_STEP}",
         f"output_dir={folder}",
     ]
     with (folder / "train.log").open("w") as log:
@@ -86,17 +80,18 @@ def ours(folder: Path, seed: int) -> Measured:
 
 def theirs(peer: Helper, seed: int) -> Measured:
     """One run of TRL's trainer on the tasks that our run takes, in their order."""
-    order = TaskOrder(load_tasks(ROOT / "examples/calculator/train.jsonl"), seed)
-    heldout = load_tasks(ROOT / "examples/calculator/heldout.jsonl")
-    learner, algorithm = LearnerConfig(), AlgorithmConfig()
+    config: TrainConfig = compose_config("train", TrainConfig, ["experiment=calculator"])
+    order = TaskOrder(load_tasks(ROOT / config.training.tasks), seed)
+    heldout = load_tasks(ROOT / str(config.evaluation.tasks))
+    at_once = config.training.tasks_per_step
     return peer.ask(
-        tasks=[dict(task.data) for task in order.take(0, STEPS * TASKS_PER_STEP)],
+        tasks=[dict(task.data) for task in order.take(0, STEPS * at_once)],
         heldout=[dict(task.data) for task in heldout],
         steps=STEPS,
-        tasks_per_step=TASKS_PER_STEP,
-        group_size=algorithm.group_size,
-        learning_rate=learner.learning_rate,
-        epsilon=algorithm.loss.epsilon_low,
+        tasks_per_step=at_once,
+        group_size=config.algorithm.group_size,
+        learning_rate=config.learner.learning_rate,
+        epsilon=config.algorithm.loss.epsilon_low,
         seed=seed,
     )
 
@@ -113,7 +108,12 @@ def last_quarter(measured: Measured) -> float:
 
 def bench_step(bench: Bench) -> None:
     """Both train as many steps in every round, with a seed of its own."""
-    arguments = (str(resolve_model("embedded")), dtype(), str(THREADS), str(ROWS_AT_A_TIME))
+    arguments = (
+        str(resolve_model("embedded")),
+        resolved_dtype(LearnerConfig()),
+        str(THREADS),
+        str(ROWS_AT_A_TIME),
+    )
 
     def make() -> Helper:
         return Peer(

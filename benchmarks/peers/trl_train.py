@@ -86,11 +86,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.lengths.append(float(logs["completions/mean_length"]))
 
 
-def train(request: dict[str, Any], at_a_time: int) -> dict[str, Any]:
-    """One run from the untrained model."""
+def train(request: dict[str, Any], at_a_time: int, folder: str) -> dict[str, Any]:
+    """One run from the untrained model; `folder` is for what its trainer writes."""
     samples = request["tasks_per_step"] * request["group_size"]
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=folder,
         use_cpu=True,
         bf16=False,
         fp16=False,
@@ -167,7 +167,8 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[3]))
     print(json.dumps({"ready": trl.__version__}), file=answers, flush=True)
     for line in sys.stdin:
-        found = train(json.loads(line), int(sys.argv[4]))
+        with tempfile.TemporaryDirectory() as folder:
+            found = train(json.loads(line), int(sys.argv[4]), folder)
         print(json.dumps(found), file=answers, flush=True)
 
 

@@ -72,17 +72,16 @@ def save_generators(folder: Path, rank: int) -> None:
     (folder / f"random-{rank}.pickle").write_bytes(pickle.dumps(generators))
 
 
-def load_generators(folder: Path, rank: int) -> None:
+def load_generators(folder: Path, rank: int, saved_ranks: int) -> None:
     """Goes on with the random generators that a rank kept; the file is one of our own.
 
-    A rank more than there were when it was saved keeps those that it was set up with.
+    A rank more than the `saved_ranks` there were keeps those that it was set up with.
     """
     import torch
 
-    path = folder / f"random-{rank}.pickle"
-    if not path.is_file():
+    if rank >= saved_ranks:
         return
-    generators = pickle.loads(path.read_bytes())
+    generators = pickle.loads((folder / f"random-{rank}.pickle").read_bytes())
     random.setstate(generators["python"])
     np.random.set_state(generators["numpy"])
     torch.set_rng_state(generators["torch"])

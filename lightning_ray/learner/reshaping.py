@@ -9,6 +9,7 @@ those that are mostly by as many ranks as saved them.
 import argparse
 import contextlib
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,10 @@ def _put_together(folder: Path, tag: str) -> Iterator[Path]:
             work.mkdir()
             _convert(folder / tag, work / tag)
         # What a damaged or foreign file raises inside the converter; every rank must be told.
-        except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        except (
+            *(OSError, EOFError, RuntimeError, ValueError),
+            *(LookupError, AssertionError, pickle.UnpicklingError),
+        ) as error:
             failure[0] = f"{type(error).__name__}: {error}"
     torch.distributed.broadcast_object_list(failure, src=0)
     try:

@@ -125,7 +125,7 @@ class LearnerWorker:
 
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         module = load_policy(self.model_dir, self.config, self._dtype)
-        self._vocabulary = int(module.model.config.vocab_size)
+        self._vocabulary = module.model.get_input_embeddings().num_embeddings
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(self.config, module),
@@ -258,8 +258,9 @@ class LearnerWorker:
             raise UserError(f"there is no learner checkpoint in {folder}; name one that was saved")
         saved = json.loads((folder / STATE_FILE).read_text())
         require_shape(folder, saved["learner"], self.config)
-        load_engine(self.engine, folder, CHECKPOINT_TAG, saved["learner"]["num_ranks"])
-        load_generators(folder, self.rank)
+        saved_ranks = saved["learner"]["num_ranks"]
+        load_engine(self.engine, folder, CHECKPOINT_TAG, saved_ranks)
+        load_generators(folder, self.rank, saved_ranks)
         self._steps = saved["learner"]["steps"]
         # What the optimiser had is right for the weights; what the user has now set counts.
         for group, rate in zip(

@@ -21,7 +21,7 @@ def shared_engine(
     inference: InferenceConfig = config.inference
     inference.tool_call_parser = "hermes"
     # A small model keeps to a tool's schema only where it must.
-    inference.extra = {"tool_strict_level": "parameter"}
+    inference.extra["tool_strict_level"] = "parameter"
     store = start_store(str(tmp_path_factory.mktemp("spans")), SpansConfig())
     group = InferenceGroup(inference, str(real_model), "policy", ["gpt-4o-mini"], 0, store)
     group.wait_ready()

@@ -170,7 +170,8 @@ def test_an_abandoned_stream_is_recorded_as_far_as_it_went(stack):
 
 def test_vllms_core_waits_asleep_while_its_worker_computes(stack):
     """It would spin, and take a core that the agents or the forward pass itself need."""
-    (core,) = [p for p in psutil.process_iter() if p.name().startswith("VLLM::EngineCor")]
+    ours = psutil.Process().children(recursive=True)
+    (core,) = [process for process in ours if process.name().startswith("VLLM::EngineCor")]
     before, begun = sum(core.cpu_times()[:2]), time.monotonic()
     stack.post("long", **{**question(4), "max_tokens": 200, "ignore_eos": True})
     share = (sum(core.cpu_times()[:2]) - before) / (time.monotonic() - begun)

@@ -81,3 +81,4 @@ def test_it_scores_where_batches_are_made_and_its_loss_is_learnt_in_an_actor(
         ray.get(batch, timeout=60)
     assert isinstance(raised.value.cause, UserError)
     assert "score_group raised AssertionError" in str(raised.value.cause)
+    ray.kill(maker)
