@@ -25,10 +25,10 @@ train: setup
 	@$(VENV)/bin/lightning-ray train experiment=calculator $(ARGS)
 
 test: setup
-	@$(VENV)/bin/python -m pytest -m "not slow and not frameworks" $(ARGS)
+	@scripts/run-tests $(VENV) "not slow and not frameworks" $(ARGS)
 
 test-all: setup
-	@HYPOTHESIS_PROFILE=thorough $(VENV)/bin/python -m pytest -m "not frameworks" $(ARGS)
+	@HYPOTHESIS_PROFILE=thorough scripts/run-tests $(VENV) "not frameworks" $(ARGS)
 
 test-frameworks: setup
 	@$(VENV)/bin/python examples/frameworks/environments.py $(FRAMEWORKS)

@@ -14,6 +14,9 @@ from small_disk import SmallDisk
 from lightning_ray.cluster.environment import quiet_environment
 
 quiet_environment()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Ray's workers are nice by default, and would starve beside another process of tests.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 # How long an example takes says nothing on a machine that is shared.
 hypothesis.settings.register_profile("fast", deadline=None, max_examples=25)
@@ -21,6 +24,14 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is in a file stays in one process, and what trains has the machine to itself."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        if ROOT / "tests/end_to_end" in item.path.parents or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

@@ -171,6 +171,7 @@ def test_spans_that_are_refused_are_told_beside_those_that_are_kept(doors: Doors
         (request(*(otel_span(n) for n in range(1, 102))).SerializeToString(), PROTOBUF, {}, 413,
          "gateway.telemetry.max_spans"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_what_cannot_be_taken_is_refused_in_the_requests_encoding(
     doors: Doors, body: bytes, form: str, headers: dict[str, str], status: int, reason: str
