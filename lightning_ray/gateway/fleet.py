@@ -142,7 +142,7 @@ class Fleet:
     @staticmethod
     def _reload(group: InferenceGroup, version: int, folder: Path) -> InferenceGroup:
         try:
-            group.update_weights(str(folder), version)
+            group.update_weights(str(folder), version, drain=True)
         except InfrastructureError:
             group.stop()
             raise

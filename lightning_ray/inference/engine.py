@@ -79,16 +79,18 @@ class InferenceEngine:
         arguments = vllm.server_arguments(self._model_dir, self._names, self._config)
         self._engine = vllm.make_engine(arguments)
         self._engine.attach(self._recorder, self._gate, self._policy, self._config.update_timeout_s)
+        await vllm.name_version(self._engine, self._gate.version)
         self._counting = asyncio.create_task(self._count())
         app = await vllm.make_app(self._engine, arguments, self._key)
         self._url = await self._serve(app)
         return self._url
 
-    async def update_weights(self, folder: str, version: int) -> float:
+    async def update_weights(self, folder: str, version: int, drain: bool = False) -> float:
         """Takes on the weights in `folder` as `version`; returns the seconds that calls waited.
 
-        Calls inside finish on the version they began with; later ones wait. Taking on the version
-        that already answers is harmless, so that a caller may repeat itself.
+        Calls inside stand still and then go on with the new version, or, to `drain`, finish on the
+        one they began with first; those that come meanwhile wait. Taking on the version that
+        already answers is harmless, so that a caller may repeat itself.
         """
         engine = self._running()
         if version == self._gate.version:
@@ -97,8 +99,8 @@ class InferenceEngine:
 
         begun = time.monotonic()
         limit = self._config.update_timeout_s
-        async with self._gate.change(version, limit):
-            await vllm.load_weights(engine, folder, limit)
+        async with self._gate.change(version, limit, drain):
+            await vllm.load_weights(engine, folder, version, limit)
         return time.monotonic() - begun
 
     async def state(self) -> EngineState:

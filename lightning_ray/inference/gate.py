@@ -1,7 +1,7 @@
 """The gate between calls and a change of weights.
 
-Invariant: the version that `enter` returns is the version that samples the whole call: while a call
-is inside, the weights do not change; while they change, calls wait outside.
+Invariant: no call enters while the weights change. Where a change waits for the calls inside
+(`drain`), the version that `enter` returned sampled them whole; else it sampled their first tokens.
 """
 
 import asyncio
@@ -58,6 +58,11 @@ class WeightGate:
         self._idle.clear()
         return self.version
 
+    @property
+    def broken(self) -> str:
+        """Why no call may be answered: a change that failed; empty when all is well."""
+        return self._broken if self._open.is_set() else ""
+
     def leave(self) -> None:
         """A call that was inside has ended. Never waits: it must work in a cancelled task too."""
         self._inside -= 1
@@ -65,8 +70,12 @@ class WeightGate:
             self._idle.set()
 
     @asynccontextmanager
-    async def change(self, version: int, timeout_s: float) -> AsyncIterator[None]:
-        """Closes the gate, waits for the calls inside, and opens it as `version` after the body.
+    async def change(
+        self, version: int, timeout_s: float, drain: bool = True
+    ) -> AsyncIterator[None]:
+        """Closes the gate, and opens it as `version` after the body.
+
+        To `drain` is to wait for the calls inside before the body begins.
 
         When the body raises, the weights may be half of one version and half of another: every
         call is refused until a later change succeeds. Raises InfrastructureError when calls are
@@ -77,7 +86,8 @@ class WeightGate:
         self._open.clear()
         try:
             try:
-                await asyncio.wait_for(self._idle.wait(), timeout_s)
+                if drain:
+                    await asyncio.wait_for(self._idle.wait(), timeout_s)
             except TimeoutError as error:
                 raise InfrastructureError(
                     f"{self._inside} calls were still being answered after {timeout_s:g} s, "

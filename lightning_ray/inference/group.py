@@ -60,14 +60,15 @@ class InferenceGroup:
             raise InfrastructureError(f"the vLLM engine did not start: {_cause(error)}") from error
         return self.urls
 
-    def update_weights(self, folder: str, version: int) -> float:
+    def update_weights(self, folder: str, version: int, drain: bool = False) -> float:
         """Hands version `version`, a model folder, to every engine.
 
-        Returns the longest time that an engine's calls waited, seconds. Raises InfrastructureError
-        when an engine did not take it on.
+        To `drain` is to let calls finish on the version they began with. Returns the longest time
+        that an engine's calls waited, seconds. Raises InfrastructureError when an engine did not
+        take it on.
         """
         limit = 2 * self._config.update_timeout_s
-        pending = [engine.update_weights.remote(folder, version) for engine in self._engines]
+        pending = [engine.update_weights.remote(folder, version, drain) for engine in self._engines]
         try:
             return max(ray.get(pending, timeout=limit))
         except ray.exceptions.GetTimeoutError as error:

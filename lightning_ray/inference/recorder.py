@@ -42,6 +42,22 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    spans: Sequence[tuple[int, int]] = ()
+    """(version, first token) of every version that sampled some of the tokens, in order; empty
+    where the version that the call began with sampled them all."""
+
+    def versions(self) -> NDArray[np.int32] | None:
+        """int32[S]: the version of each token; None where there is only one."""
+        began = [span for span in self.spans if span[1] < len(self.token_ids)]
+        if len(began) < 2:
+            return None
+        ends = [first for _, first in began[1:]] + [len(self.token_ids)]
+        lengths = [end - first for (_, first), end in zip(began, ends, strict=True)]
+        return np.repeat(np.asarray([version for version, _ in began], np.int32), lengths)
+
+    def first_version(self, otherwise: int) -> int:
+        """The version of the first token; `otherwise` where nobody said."""
+        return self.spans[0][0] if self.spans else otherwise
 
 
 @dataclass
@@ -51,6 +67,7 @@ class OpenCall:
     attribution: Attribution
     policy: str
     version: int
+    """The version that answered when the call came in."""
     sampling: Mapping[str, Any]
     """How the tokens were drawn."""
     asked: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +127,8 @@ class CallRecorder:
                     end_ns=end_ns,
                     role=call.attribution.role,
                     policy=call.policy,
-                    version=call.version,
+                    version=choice.first_version(call.version),
+                    versions=choice.versions(),
                     continues=continues,
                     prefix_tokens=prefix,
                     token_ids=tokens[prefix:],

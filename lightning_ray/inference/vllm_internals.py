@@ -88,6 +88,8 @@ class RecordingLLM(AsyncLLM):
         deltas = sampling_params.output_kind == RequestOutputKind.DELTA
         try:
             async for output in outputs:
+                if self._gate.broken:
+                    raise InfrastructureError(self._gate.broken)
                 if call is not None:
                     call.prompt_ids = output.prompt_token_ids
                     for completion in output.outputs:
@@ -97,6 +99,8 @@ class RecordingLLM(AsyncLLM):
                         await self._recorder.record(finished, SpanStatus.OK)
                 yield output
         finally:
+            if call is not None:
+                self._note_versions(call, request_id)
             # The caller may have been cancelled, and whatever it awaits is then cancelled too, so
             # what remains to be done is done by a task of its own.
             self._spawn(self._wind_up(outputs, call))
@@ -113,6 +117,14 @@ class RecordingLLM(AsyncLLM):
             log.error("an abandoned call could not be recorded: %s", error)
         finally:
             self._gate.leave()
+
+    def _note_versions(self, call: OpenCall, request_id: str) -> None:
+        """Which versions sampled a call that ends before vLLM says so itself."""
+        states = self.output_processor.request_states
+        for name in self.output_processor.external_req_ids.get(request_id, ()):
+            if (state := states.get(name)) is not None and state.request_index in call.choices:
+                starts = state.weight_version_starts
+                call.choices[state.request_index].spans = [(int(v), s) for v, s in starts]
 
     def _set_sampling(self, params: SamplingParams, by: Attribution) -> dict[str, Any]:
         """Sets what the run sets; returns what the agent had asked for there.
@@ -153,6 +165,8 @@ def _take(choice: Choice, completion: CompletionOutput, deltas: bool) -> None:
         choice.logprobs.append(candidates[token].logprob)
     if completion.finish_reason is not None:
         choice.finish_reason = completion.finish_reason
+    if completion.weight_versions:
+        choice.spans = [(int(one.version), one.start) for one in completion.weight_versions]
 
 
 def _sampling_facts(params: SamplingParams) -> dict[str, Any]:
@@ -223,13 +237,31 @@ async def make_app(engine: RecordingLLM, arguments: Namespace, key: str) -> App:
     return AttributionMiddleware(app, key)
 
 
-async def load_weights(engine: RecordingLLM, folder: str, timeout_s: float) -> None:
-    """Replaces the weights by those in `folder`; no call may be inside the engine."""
-    # A bare load_weights would leave what a CPU computes with, packed at the start, as it was.
-    await engine.collective_rpc("replace_weights", timeout=timeout_s, args=(folder,))
-    # Keys and values of the old weights must never answer for the new ones.
-    if not await engine.reset_prefix_cache():
-        raise RuntimeError("vLLM kept its prefix cache although no call was running")
+async def name_version(engine: RecordingLLM, version: int) -> None:
+    """Has the engine say of every token from now on that `version` sampled it."""
+    await engine.engine_core.set_weight_version_async(str(version))
+
+
+async def load_weights(engine: RecordingLLM, folder: str, version: int, timeout_s: float) -> None:
+    """Replaces the weights by those of `version` in `folder`.
+
+    Calls inside stand still meanwhile and go on with the new weights: their keys and values, and
+    whatever is kept of other prompts, are dropped with the old ones and computed anew. When it
+    fails, the calls inside are ended, for the weights may be neither the old nor the new ones.
+    """
+    whole = False
+    try:
+        async with asyncio.timeout(timeout_s):
+            await engine.pause_generation(mode="keep", clear_cache=True)
+        # A bare load_weights would leave what a CPU computes with, packed at the start, as it was.
+        await engine.collective_rpc("replace_weights", timeout=timeout_s, args=(folder,))
+        await name_version(engine, version)
+        whole = True
+    finally:
+        async with asyncio.timeout(timeout_s):
+            if not whole:
+                await engine.pause_generation(mode="abort", clear_cache=True)
+            await engine.resume_generation()
 
 
 async def weight_digest(engine: RecordingLLM) -> str:

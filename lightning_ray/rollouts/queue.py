@@ -178,12 +178,19 @@ class RolloutQueue:
                 raise answer
         return answers
 
-    async def wait(self, rollout_ids: Sequence[str], timeout_s: float) -> list[RolloutRecord]:
-        """The records of those that have ended within `timeout_s` seconds, in the order asked."""
+    async def wait(
+        self, rollout_ids: Sequence[str], timeout_s: float, at_least: int | None = None
+    ) -> list[RolloutRecord]:
+        """The records of those that have ended within `timeout_s` seconds, in the order asked.
+
+        Returns once all have, or as soon as `at_least` so many have.
+        """
         self._awake()
         pending = {r for r in rollout_ids if not self._lives.ended(r)}
-        if pending:
-            waiter = _Waiter(len(pending), asyncio.get_running_loop().create_future())
+        wanted = len(rollout_ids) if at_least is None else min(at_least, len(rollout_ids))
+        missing = wanted - (len(rollout_ids) - len(pending))
+        if missing > 0:
+            waiter = _Waiter(missing, asyncio.get_running_loop().create_future())
             for rollout_id in pending:
                 self._waiters.setdefault(rollout_id, []).append(waiter)
             # Not an error: the caller sees from the records which are missing, and asks again.

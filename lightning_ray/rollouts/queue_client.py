@@ -31,11 +31,16 @@ class QueueClient:
         new: int = ask(lambda: self.actor.enqueue.remote(list(specs)), timeout_s, "queue rollouts")
         return new
 
-    def wait(self, rollout_ids: Sequence[str], timeout_s: float) -> list[RolloutRecord]:
-        """The records of the rollouts that ended within `timeout_s` seconds."""
+    def wait(
+        self, rollout_ids: Sequence[str], timeout_s: float, at_least: int | None = None
+    ) -> list[RolloutRecord]:
+        """The records of the rollouts that ended within `timeout_s` seconds.
+
+        Returns once all have, or as soon as `at_least` so many have.
+        """
         ids = list(rollout_ids)
         records: list[RolloutRecord] = ask(
-            lambda: self.actor.wait.remote(ids, timeout_s),
+            lambda: self.actor.wait.remote(ids, timeout_s, at_least),
             timeout_s + 30,
             "wait for rollouts",
             timeout_s,

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from lightning_ray.errors import InfrastructureError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 VERSION_KEY = b"lightning_ray.span_schema"
 
 
@@ -84,6 +84,9 @@ SPAN_SCHEMA = pa.schema(
         pa.field("token_ids", pa.list_(pa.int32())),
         pa.field("logprobs", pa.list_(pa.float32())),
         pa.field("finish_reason", pa.string()),
+        # The version that sampled each token that has a logprob, where the weights changed while
+        # the call was answered; null where `version`, which is the first of them, sampled them all.
+        pa.field("versions", pa.list_(pa.int32())),
         # A reward's number; its name is `name`. `step` is the step of the attempt that it is for,
         # counted from 0; without one it is for the attempt as a whole. `source` says who gave it:
         # "grader", "agent", "service" or "person".

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from lightning_ray.training.batches import make_batch
+from lightning_ray.training.batches import make_batch, oldest_versions
 
 TRIES = 2
 """How often a batch is built again whose actor died meanwhile: it has no state of its own."""
@@ -20,6 +20,10 @@ class BatchMaker:
     def make(self, *arguments: Any) -> Any:
         """What `make_batch` returns, as two objects: the sequences, and what is known of them."""
         return make_batch(*arguments)
+
+    def oldest(self, *arguments: Any) -> dict[str, int]:
+        """What `oldest_versions` returns."""
+        return oldest_versions(*arguments)
 
 
 def start_batch_maker() -> "ray.actor.ActorHandle":

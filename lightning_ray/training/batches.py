@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from lightning_ray.algorithms import Algorithm, AlgorithmConfig, Group, finish, overlong, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
+from lightning_ray.spans import SpanKind
 from lightning_ray.spans.rewards import by_attempt
 from lightning_ray.spans.rewards import rewards as held_rewards
 from lightning_ray.trajectories import (
@@ -226,6 +227,30 @@ def _facts(record: RolloutRecord, errors: Mapping[str, str]) -> list[AttemptFact
         reward=_rewards(record).get("reward"),
     )
     return [*earlier, latest]
+
+
+def oldest_versions(
+    records: Sequence[RolloutRecord], spans: pa.Table, policy: str
+) -> dict[str, int]:
+    """The oldest version of `policy` that sampled a token of each group, by group.
+
+    Of a rollout only the latest attempt counts, for no other is learnt from.
+    """
+    groups = {r.attempt_id: r.spec.group_id for r in records if r.attempts}
+    calls = spans.filter(
+        pc.equal(spans["kind"], SpanKind.MODEL_CALL.value)
+        & pc.equal(spans["policy"], policy)
+        & pc.is_in(spans["attempt_id"], value_set=pa.array(list(groups), pa.string()))
+        & pc.is_valid(spans["version"])
+    )
+    oldest: dict[str, int] = {}
+    # A call's `version` sampled its first token, so no other of its tokens is older.
+    for attempt, version in zip(
+        calls["attempt_id"].to_pylist(), calls["version"].to_pylist(), strict=True
+    ):
+        group = groups[attempt]
+        oldest[group] = min(version, oldest.get(group, version))
+    return oldest
 
 
 def _oldest_version(sequences: pa.Table) -> int | None:

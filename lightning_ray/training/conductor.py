@@ -1,9 +1,10 @@
 """The conductor: who does what when.
 
-One step is: take the next tasks in order, run a group of rollouts for each, turn what happened into
-credited sequences, let the learner take one step on them, publish its weights as the next version,
-and have the engines take that version on. Bulk data does not pass through here: spans and batches
-go from store to learner through Ray's object store.
+One step is: take the groups of rollouts that are ready (`Flow`), turn what happened into credited
+sequences, let the learner take one step on them, publish its weights as the next version, and have
+the engines take that version on. With `training.staleness` above 0 other groups run on meanwhile;
+calls that are being answered stand still while the weights change. Bulk data does not pass through
+here: spans and batches go from store to learner through Ray's object store.
 
 Invariants: a version is never overwritten; a checkpoint holds weights, optimiser and `RunState` of
 one moment, so a resumed run continues step count, versions and the order of tasks.
@@ -13,6 +14,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -27,7 +29,7 @@ from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.training.batches import Batch
 from lightning_ray.training.config import TrainConfig
-from lightning_ray.training.dynamic import fill_up
+from lightning_ray.training.flow import Flow
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.hygiene_log import HygieneLog, totals
 from lightning_ray.training.names import MEASURING, REHEARSAL
@@ -73,6 +75,7 @@ class Conductor:
         self._versions = Versions(config.policy, folder, registry)
         self._progress = progress
         self._order = TaskOrder(tasks, config.training.seed)
+        self._flow = Flow(config, parts.queue, self._order, self._oldest, progress)
         self._heldout = list(heldout)
         self._base = base
         self._heldout_keys = task_keys((task.id, task.data) for task in heldout)
@@ -95,6 +98,7 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
+        self._flow.restore(self.state.position, self.state.in_hand)
         self._hygiene.restore(self.state.step)
 
     def frozen_weights(self) -> dict[str, list[str]]:
@@ -172,7 +176,10 @@ class Conductor:
         config = self._config
         step = self.state.step + 1
         with self._progress.phase("rollouts") as rolling:
-            tasks, records = self._sample(step)
+            taken = self._flow.take(self.state.step, self.state.version)
+        records = taken.records
+        if taken.stale:
+            self._progress.note(f"{taken.stale} groups were too old to learn from, and dropped")
         self._require_usable(records)
         with self._progress.phase("batch") as batching:
             sequences, batch = self._batch(records)
@@ -186,7 +193,8 @@ class Conductor:
             if report is not None and report.skipped is None:
                 self._publish(step)
         self.state.step = step
-        self.state.position += len(tasks)
+        self._flow.admit(step)
+        self.state.position, self.state.in_hand = self._flow.position, self._flow.in_hand
         self.state.tokens_generated += batch.report.trainable_tokens
         self.state.left_out += batch.left_out
         if step == config.training.steps or step % config.training.checkpoint_every == 0:
@@ -207,7 +215,8 @@ class Conductor:
             "sampled_tokens": float(batch.report.trainable_tokens),
             "tokens_per_second": batch.report.trainable_tokens / max(rolling.seconds, 1e-9),
             "attempts": float(sum(len(record.attempts) for record in records)),
-            "tasks": float(len(tasks)),
+            "tasks": float(taken.tasks),
+            "groups_stale": float(taken.stale),
             "seconds_rollouts": rolling.seconds,
             "seconds_batch": batching.seconds,
             "seconds_learn": learning.seconds,
@@ -215,16 +224,13 @@ class Conductor:
         }
         return metrics
 
-    def _sample(self, step: int) -> tuple[list[Task], list[RolloutRecord]]:
-        """A step's tasks and their rollouts; with dynamic sampling, until enough have contrast."""
-        config = self._config
-        prefix, size = f"s{step:05d}", config.algorithm.group_size
-        return fill_up(
-            lambda tasks, first: self._rollouts(prefix, tasks, size, first=first),
-            lambda begin, count: self._order.take(self.state.position + begin, count),
-            config.training.tasks_per_step,
-            config.algorithm.extra_rounds,
+    def _oldest(self, records: Sequence[RolloutRecord]) -> dict[str, int]:
+        """The oldest version that sampled a token of each group, by group."""
+        attempts = [record.attempt_id for record in records if record.attempts]
+        asking = self._parts.batches.oldest.remote(
+            list(records), self._parts.store.read(attempts), self._config.policy.name
         )
+        return self._built(asking, "the versions of a batch's tokens were not read")
 
     def _rollouts(
         self,
@@ -233,12 +239,9 @@ class Conductor:
         samples: int,
         *,
         heldout: bool = False,
-        first: int = 0,
     ) -> list[RolloutRecord]:
         """Runs `samples` rollouts of each task; returns their records in order, all ended."""
-        specs = rollout_specs(
-            prefix, self._session, tasks, samples, self._config, heldout=heldout, first=first
-        )
+        specs = rollout_specs(prefix, self._session, tasks, samples, self._config, heldout=heldout)
         limit = self._config.rollouts.batch_timeout_s
         return run_rollouts(self._parts.queue, specs, limit, self._progress)
 
@@ -259,18 +262,21 @@ class Conductor:
             self._config.credit,
             self._config.training.max_sequence_tokens,
         )
+        return sequences, self._built(batch, "the step's batch was not built")
+
+    @staticmethod
+    def _built(asked: "ray.ObjectRef", what: str) -> Any:
+        """What the batch maker answers. Raises InfrastructureError, beginning with `what`."""
         try:
-            return sequences, ray.get(batch, timeout=BATCH_TIMEOUT_S)
+            return ray.get(asked, timeout=BATCH_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError as error:
-            raise InfrastructureError(
-                f"the step's batch was not built within {BATCH_TIMEOUT_S:g} s"
-            ) from error
+            raise InfrastructureError(f"{what} within {BATCH_TIMEOUT_S:g} s") from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from error
-            raise InfrastructureError(f"the step's batch was not built: {error.cause}") from error
+            raise InfrastructureError(f"{what}: {error.cause}") from error
         except ray.exceptions.RayError as error:
-            raise InfrastructureError(f"the step's batch was not built: {error}") from error
+            raise InfrastructureError(f"{what}: {error}") from error
 
     def _heed(self, step: int, batch: Batch) -> None:
         """Records what the checks found. Raises UserError when one of them says to stop."""

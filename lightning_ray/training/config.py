@@ -34,6 +34,10 @@ class TrainingConfig:
     """Steps to train; a resumed run goes on up to the same number."""
     tasks_per_step: int = 8
     """Tasks of one step; each becomes algorithm.group_size rollouts."""
+    staleness: int = 0
+    """Most updates of the weights between a token and the step that learns from it. 0: the next
+    rollouts begin when a step is done; above, they go on while the learner learns, and a group
+    with older tokens is dropped."""
     checkpoint_every: int = 10
     """Steps between checkpoints of weights, optimiser and run state."""
     keep_checkpoints: int = 2
@@ -96,6 +100,8 @@ def check_rooms(config: TrainConfig) -> None:
     for name, seed in (("seed", config.seed), ("training.seed", training.seed)):
         if seed < 0:
             raise UserError(f"{name}={seed}: must be 0 or above")
+    if training.staleness < 0:
+        raise UserError(f"training.staleness={training.staleness}: must be 0 or above")
     if training.step_timeout_s <= 0:
         raise UserError(f"training.step_timeout_s={training.step_timeout_s}: must be above 0")
     if not 0 <= training.min_usable <= 1:

@@ -14,6 +14,8 @@ class RunState:
     """The policy version that these weights were published as; 0 is the base model."""
     position: int = 0
     """Place in the order of tasks (see `TaskOrder`)."""
+    in_hand: list[int] = field(default_factory=list)
+    """Places before it whose rollouts were under way or not yet learnt from (see `Flow`)."""
     train_seconds: float = 0.0
     tokens_generated: int = 0
     heldout_before: dict[str, Any] | None = None

@@ -228,7 +228,13 @@ def _rows_of(tree: TokenTree, group_id: str, trainable_calls: set[int]) -> list[
             sampled = slice(call.prompt_length, len(call.tokens))
             trainable[sampled] = True
             logprobs[sampled] = call.logprobs
-            versions[sampled] = -1 if call.version is None else call.version
+            versions[sampled] = (
+                call.versions
+                if call.versions is not None
+                else -1
+                if call.version is None
+                else call.version
+            )
             calls[sampled] = index
         rows.append(
             _Row(

@@ -24,6 +24,7 @@ from lightning_ray.spans.schema import SpanKind, SpanStatus
 
 TokenArray = npt.NDArray[np.int32]
 LogprobArray = npt.NDArray[np.float32]
+VersionArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class Call:
     status: SpanStatus
     policy: str | None
     version: int | None
-    """The version of `policy` that sampled the tokens; None where nobody recorded it."""
+    """The version of `policy` that sampled the first token, and those that `versions` does not tell
+    of; None where nobody recorded it."""
     tokens: TokenArray
     """int32[T]: what the engine saw, then what it sampled."""
     logprobs: LogprobArray
@@ -45,6 +47,8 @@ class Call:
     """The span id of the call whose prefix this one was stored against."""
     role: str | None = None
     """Which part of the agent's system asked; None where nobody recorded it."""
+    versions: VersionArray | None = None
+    """int32[S]: the version of each sampled token; None where it is `version` for all."""
     place: int = 0
     """Which of the attempt's model calls it was, from 0, those without tokens among them."""
 
@@ -147,6 +151,7 @@ def _model_calls(spans: pa.Table) -> Iterator[tuple[str, str, _StoredCall]]:
     columns = [rows[name].to_pylist() for name in names]
     token_lists = _split_lists(rows["token_ids"], np.int32)
     logprob_lists = _split_lists(rows["logprobs"], np.float32)
+    version_lists = _split_lists(rows["versions"], np.int32)
     for index, row in enumerate(zip(*columns, strict=True)):
         attempt_id, rollout_id, span_id, sequence, status, policy, version, *rest = row
         continues, prefix, role = rest
@@ -161,6 +166,7 @@ def _model_calls(spans: pa.Table) -> Iterator[tuple[str, str, _StoredCall]]:
             logprobs=np.empty(0, np.float32) if logprobs is None else logprobs,
             continues=continues,
             role=role,
+            versions=version_lists[index],
         )
         yield attempt_id, rollout_id, _StoredCall(call, prefix, token_lists[index])
 
@@ -213,6 +219,10 @@ def _full_tokens(stored: _StoredCall, full: dict[str, TokenArray]) -> TokenArray
         raise _InexactError(f"call {span_id} has no tokens")
     if len(stored.call.logprobs) > len(stored.added):
         raise _InexactError(f"call {span_id} has more logprobs than tokens")
+    if (versions := stored.call.versions) is not None and len(versions) != len(
+        stored.call.logprobs
+    ):
+        raise _InexactError(f"call {span_id} does not say of each token which version sampled it")
     prefix = stored.prefix_tokens
     if stored.call.continues is None:
         if prefix:

@@ -273,6 +273,71 @@ def test_an_update_reaches_an_output_head_that_shares_the_embedding(stack, tmp_p
     assert torch.allclose(told, true, atol=0.1)
 
 
+def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_version(
+    stack, tmp_path
+):
+    """Its first tokens are the old weights', the rest the new ones', keys and values included."""
+    stack.shared.take_on(stack.shared.base)
+    folder = shutil.copytree(stack.shared.base, tmp_path / "flatter")
+    models = [AutoModelForCausalLM.from_pretrained(stack.shared.base, dtype=torch.float32)]
+    models.append(AutoModelForCausalLM.from_pretrained(stack.shared.base, dtype=torch.float32))
+    with torch.no_grad():
+        # Other keys and values, and other logits.
+        models[1].get_output_embeddings().weight.mul_(0.5)
+        models[1].model.layers[0].mlp.down_proj.weight.mul_(0.8)
+    models[1].save_pretrained(folder)
+    before = stack.shared.version
+    body = {**question(3), "max_tokens": 160, "ignore_eos": True, "n": 2}
+    abandoned = {**body, "max_tokens": 400, "stream": True, "n": 1}
+
+    async def both() -> tuple[int, float]:
+        async with httpx.AsyncClient(timeout=120) as client:
+            url = stack.engines.urls[0] + CHAT
+            call = asyncio.create_task(client.post(url, headers=stack.headers("long"), json=body))
+            async with client.stream(
+                "POST", url, headers=stack.headers("long-left"), json=abandoned
+            ) as reply:
+                lines = reply.aiter_lines()
+                for _ in range(20):
+                    await anext(lines)
+                begun = time.monotonic()
+                await asyncio.to_thread(stack.shared.take_on, folder)
+                seconds = time.monotonic() - begun
+                for _ in range(60):
+                    await anext(lines)
+            return (await call).status_code, seconds
+
+    status, seconds = asyncio.run(both())
+    print(f"the weights changed in {seconds:.2f} s")
+    assert status == 200
+    calls = stack.spans("long")
+    deadline = time.monotonic() + 20
+    while not (left := stack.spans("long-left")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left[0]["status"] == "aborted"
+    for row in [*calls, *left]:
+        versions = np.array(row["versions"])
+        assert set(versions.tolist()) == {before, before + 1} and row["version"] == before
+        assert (np.diff(versions) >= 0).all() and len(versions) == len(row["logprobs"])
+        tokens = torch.tensor([row["token_ids"]])
+        sampled = len(row["logprobs"])
+        with torch.no_grad():
+            true = [
+                torch.log_softmax(model(tokens).logits[0, -sampled - 1 : -1], -1)
+                .gather(-1, tokens[0, -sampled:, None])
+                .squeeze(-1)
+                .numpy()
+                for model in models
+            ]
+        told = np.array(row["logprobs"])
+        apart = [np.abs(told - one) for one in true]
+        for mine, other, chosen in ((0, 1, versions == before), (1, 0, versions == before + 1)):
+            own, others = apart[mine][chosen].mean(), apart[other][chosen].mean()
+            print(f"{chosen.sum()} tokens: {own:.4f} from their own weights, {others:.4f} else")
+            assert own < TOLERANCE < others
+    stack.shared.take_on(stack.shared.base)
+
+
 def test_calls_go_on_through_an_update(stack, tmp_path):
     """Calls that run or arrive while the weights change end well, each on one version."""
     folder = stack.learner.publish(tmp_path / "version-5", 120)

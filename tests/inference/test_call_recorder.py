@@ -100,6 +100,32 @@ def test_what_is_stored_rebuilds_every_call_token_for_token(
     assert recorder.sampled_tokens == sum(len(s) for pairs in made.values() for _, s in pairs)
 
 
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 12)), max_size=4),
+    st.integers(0, 4),
+)
+def test_each_token_has_the_version_that_sampled_it(
+    sampled: list[int], changes: list[tuple[int, int]], choices: int
+) -> None:
+    """Changes of the weights: (version, tokens that were sampled before it)."""
+    starts = dict(sorted((first, version) for version, first in changes))
+    spans = [(3, 0), *((version, first) for first, version in starts.items() if first)]
+    call = open_call([1, 2], *[sampled] * (choices + 1))
+    for choice in call.choices.values():
+        choice.spans = spans
+    stored = Stored()
+    asyncio.run(CallRecorder(stored.append).record(call, SpanStatus.OK))
+    expected = [
+        [version for version, first in spans if first <= place][-1] for place in range(len(sampled))
+    ]
+    for found in stored.calls():
+        assert found.version == 3
+        told = [3] * len(sampled) if found.versions is None else found.versions.tolist()
+        assert told == expected
+        assert (found.versions is None) == (max(f for _, f in spans if f < len(sampled)) == 0)
+
+
 def test_a_call_is_stored_against_the_longest_call_that_it_continues() -> None:
     stored = Stored()
     recorder = CallRecorder(stored.append)

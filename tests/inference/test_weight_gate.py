@@ -99,6 +99,25 @@ def test_a_change_waits_for_the_calls_inside_and_later_calls_for_the_change() ->
     run(main())
 
 
+def test_a_change_that_does_not_drain_leaves_the_calls_inside_and_keeps_later_ones_out() -> None:
+    async def main() -> None:
+        gate = WeightGate(0)
+        assert await gate.enter(1) == 0
+        async with gate.change(1, 1, drain=False):
+            assert gate.calls == 1 and gate.broken == ""
+            later = asyncio.create_task(gate.enter(5))
+            await asyncio.sleep(0.05)
+            assert not later.done()
+        assert await later == 1
+        with pytest.raises(LookupError):
+            async with gate.change(2, 1, drain=False):
+                raise LookupError
+        # Those inside must not go on with what may be half of one version.
+        assert "version 2" in gate.broken and gate.calls == 2
+
+    run(main())
+
+
 def test_calls_that_do_not_end_are_named_and_the_gate_opens_again() -> None:
     async def main() -> None:
         gate = WeightGate(0)

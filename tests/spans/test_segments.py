@@ -121,18 +121,26 @@ def test_greater_damage_costs_its_own_batch_and_no_other(
     assert lost == place.length and not scan.mended
 
 
-def test_a_segment_of_schema_version_1_is_read(tmp_path: Path) -> None:
+ADDED = {
+    2: {"step", "source", "model", "tool", "input_tokens", "output_tokens", "cost_usd"},
+    3: {"versions"},
+}
+"""Columns by the schema version that they came with."""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_segment_of_an_earlier_schema_version_is_read(tmp_path: Path, version: int) -> None:
     path = tmp_path / "1.arrows"
-    added = {"step", "source", "model", "tool", "input_tokens", "output_tokens", "cost_usd"}
+    added = {name for later, names in ADDED.items() if later > version for name in names}
     fields = [field for field in SPAN_SCHEMA if field.name not in added]
-    schema = pa.schema(fields, metadata={VERSION_KEY: "1"})
+    schema = pa.schema(fields, metadata={VERSION_KEY: str(version)})
     old = batch("a", "b").select(schema.names).replace_schema_metadata(schema.metadata)
     # As version 1 wrote it: without check digits.
     path.write_bytes(b"".join((schema.serialize().to_pybytes(), old.serialize().to_pybytes())))
     ((place, found),) = read_segment(path).batches
     assert found == batch_with_times_of(found, "a", "b") and found.schema == SPAN_SCHEMA
     assert read_batches(path, [place.offset]) == [found]
-    assert SCHEMA_VERSION == 2
+    assert max(ADDED) == SCHEMA_VERSION
 
 
 def batch_with_times_of(found: pa.RecordBatch, *span_ids: str) -> pa.RecordBatch:
@@ -147,8 +155,9 @@ def batch_with_times_of(found: pa.RecordBatch, *span_ids: str) -> pa.RecordBatch
 def test_a_segment_of_a_later_schema_is_refused_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "1.arrows"
     later = SPAN_SCHEMA.append(pa.field("mood", pa.string()))
-    path.write_bytes(later.with_metadata({VERSION_KEY: "3"}).serialize().to_pybytes())
-    with pytest.raises(InfrastructureError, match=r"span schema 3.*use a newer lightning-ray"):
+    later_version = str(SCHEMA_VERSION + 1)
+    path.write_bytes(later.with_metadata({VERSION_KEY: later_version}).serialize().to_pybytes())
+    with pytest.raises(InfrastructureError, match=r"span schema \d+.*use a newer lightning-ray"):
         read_segment(path)
 
 

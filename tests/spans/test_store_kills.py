@@ -20,6 +20,7 @@ from lightning_ray.spans.store import SpanStore
 WRITERS = 6
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_no_acknowledged_span_is_lost_or_doubled_when_shards_are_killed_under_load(

@@ -47,6 +47,17 @@ def test_a_conversation_is_one_sequence_with_every_answer_trainable():
     )
 
 
+def test_a_call_that_went_on_while_the_weights_changed_has_a_version_for_each_token():
+    rows = [
+        call("a", [1, 2, 3, 4], 3, version=7, versions=[7, 8, 8]),
+        call("b", [5, 6], 1, continues="a", prefix_tokens=4, sequence=1, version=9),
+    ]
+    sequences, _ = build(rows)
+    assert sequences["versions"].to_pylist() == [[-1, 7, 8, 8, -1, 9]]
+    _, report = build([{**rows[0], "versions": [7, 8]}])
+    assert "does not say of each token which version" in report.inexact["r0/0"]
+
+
 def test_parallel_continuations_share_history_but_not_its_credit():
     sequences, _ = build(
         [
