@@ -75,7 +75,6 @@ class Conductor:
         self._versions = Versions(config.policy, folder, registry)
         self._progress = progress
         self._order = TaskOrder(tasks, config.training.seed)
-        self._flow = Flow(config, parts.queue, self._order, self._oldest, progress)
         self._heldout = list(heldout)
         self._base = base
         self._heldout_keys = task_keys((task.id, task.data) for task in heldout)
@@ -98,7 +97,6 @@ class Conductor:
         """Continues from a checkpoint of this run."""
         saved = self._parts.learner.load_checkpoint(checkpoint, CHECKPOINT_TIMEOUT_S)
         self.state = RunState.from_json(saved)
-        self._flow.restore(self.state.position, self.state.in_hand)
         self._hygiene.restore(self.state.step)
 
     def frozen_weights(self) -> dict[str, list[str]]:
@@ -123,9 +121,11 @@ class Conductor:
         """
         if self.state.step == 0:
             self._versions.register(0, self._base, None, 0, "base model")
+        flow = Flow(self._config, self._parts.queue, self._order, self._oldest, self._progress)
+        flow.restore(self.state.position, self.state.in_hand)
         while self.state.step < self._config.training.steps:
             begun = time.monotonic()
-            metrics = self._step()
+            metrics = self._step(flow)
             seconds = time.monotonic() - begun
             self.state.train_seconds += seconds
             metrics["seconds"] = seconds
@@ -172,11 +172,11 @@ class Conductor:
         say(f"summary           {self._folder.summary}")
         say(f"open it in MLflow: {ui}   then http://127.0.0.1:5000/{fragment.lstrip('/')}")
 
-    def _step(self) -> dict[str, float]:
+    def _step(self, flow: Flow) -> dict[str, float]:
         config = self._config
         step = self.state.step + 1
         with self._progress.phase("rollouts") as rolling:
-            taken = self._flow.take(self.state.step, self.state.version)
+            taken = flow.take(self.state.step, self.state.version)
         records = taken.records
         if taken.stale:
             self._progress.note(f"{taken.stale} groups were too old to learn from, and dropped")
@@ -193,8 +193,8 @@ class Conductor:
             if report is not None and report.skipped is None:
                 self._publish(step)
         self.state.step = step
-        self._flow.admit(step)
-        self.state.position, self.state.in_hand = self._flow.position, self._flow.in_hand
+        flow.admit(step)
+        self.state.position, self.state.in_hand = flow.position, flow.in_hand
         self.state.tokens_generated += batch.report.trainable_tokens
         self.state.left_out += batch.left_out
         if step == config.training.steps or step % config.training.checkpoint_every == 0:
