@@ -72,7 +72,9 @@ def simulate(
     learning: float | None = None
     """When the learner is done."""
     ends: list[tuple[float, int, RolloutSpec]] = []
-    ended: list[RolloutRecord] = []
+    known: dict[str, RolloutRecord] = {}
+    """The records of those that have ended."""
+    news = 0
     while trained < steps:
         begun = time.process_time()
         for _ in range(hand.room(trained) if learning is None else 0):
@@ -106,14 +108,16 @@ def simulate(
             continue
         now, _, spec = heapq.heappop(ends)
         free += 1
-        ended.append(_good(spec))
+        known[spec.rollout_id] = _good(spec)
+        news += 1
         # The queue wakes the conductor only when a batch can be ready, and not while it learns.
-        if learning is None and len(ended) >= max(hand.fewest(), 1):
+        if learning is None and news >= max(hand.fewest(), 1):
             begun = time.process_time()
-            hand.ended(ended)
+            names = [one.rollout_id for group in hand.running for one in group.specs]
+            hand.ended([known[name] for name in names if name in known])
             driver_s += time.process_time() - begun
             wakes += 1
-            ended = []
+            news = 0
     return Simulated(now / steps, driver_s / steps, wakes / steps)
 
 

@@ -21,6 +21,10 @@ class InfrastructureError(LightningRayError):
     """
 
 
+class PartLostError(InfrastructureError):
+    """A part died whose work goes on from the last checkpoint once it has been started anew."""
+
+
 def own_error(error: BaseException) -> BaseException:
     """What an actor raised on purpose, as it raised it; else the error with Ray's account of it.
 

@@ -1,7 +1,7 @@
 """The gate between calls and a change of weights.
 
 Invariant: no call enters while the weights change. Where a change waits for the calls inside
-(`drain`), the version that `enter` returned sampled them whole; else it sampled their first tokens.
+(`drain`), the version that `enter` returned sampled them whole; else vLLM says which sampled what.
 """
 
 import asyncio
@@ -57,11 +57,6 @@ class WeightGate:
         self._inside += 1
         self._idle.clear()
         return self.version
-
-    @property
-    def broken(self) -> str:
-        """Why no call may be answered: a change that failed; empty when all is well."""
-        return self._broken if self._open.is_set() else ""
 
     def leave(self) -> None:
         """A call that was inside has ended. Never waits: it must work in a cancelled task too."""

@@ -67,7 +67,8 @@ class InferenceGroup:
         that an engine's calls waited, seconds. Raises InfrastructureError when an engine did not
         take it on.
         """
-        limit = 2 * self._config.update_timeout_s
+        # For calls to drain, for the change, and for the engine to go on after one that failed.
+        limit = 2 * self._config.update_timeout_s + 60.0
         pending = [engine.update_weights.remote(folder, version, drain) for engine in self._engines]
         try:
             return max(ray.get(pending, timeout=limit))

@@ -8,7 +8,7 @@ import hashlib
 import logging
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any
 
 from vllm import SamplingParams
@@ -20,6 +20,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestState
 
 from lightning_ray.cluster.processor import multiplies_bfloat16
 from lightning_ray.errors import InfrastructureError, UserError
@@ -42,6 +43,8 @@ from lightning_ray.spans import SpanStatus
 
 log = logging.getLogger(__name__)
 
+RESUME_S = 30.0
+"""How long an engine may take to go on after a change of weights, seconds."""
 SAMPLED = ("temperature", "top_p", "top_k", "max_tokens", "seed")
 """What a run may set of a call."""
 
@@ -86,11 +89,15 @@ class RecordingLLM(AsyncLLM):
                 # The sampled token's own logprob; a reply that did not ask for it stays as it is.
                 sampling_params.logprobs = 0
         deltas = sampling_params.output_kind == RequestOutputKind.DELTA
+        states: list[RequestState] = []
         try:
             async for output in outputs:
-                if self._gate.broken:
-                    raise InfrastructureError(self._gate.broken)
+                if any(one.finish_reason == "abort" for one in output.outputs):
+                    # Nobody who asks here aborts so: a change of weights has failed.
+                    raise InfrastructureError("the engine's weights could not be replaced")
                 if call is not None:
+                    # Kept, for vLLM forgets them before it tells that a caller went away.
+                    states = states or self._states(request_id)
                     call.prompt_ids = output.prompt_token_ids
                     for completion in output.outputs:
                         _take(call.choice(completion.index), completion, deltas)
@@ -100,7 +107,7 @@ class RecordingLLM(AsyncLLM):
                 yield output
         finally:
             if call is not None:
-                self._note_versions(call, request_id)
+                _note_versions(call, states)
             # The caller may have been cancelled, and whatever it awaits is then cancelled too, so
             # what remains to be done is done by a task of its own.
             self._spawn(self._wind_up(outputs, call))
@@ -118,13 +125,11 @@ class RecordingLLM(AsyncLLM):
         finally:
             self._gate.leave()
 
-    def _note_versions(self, call: OpenCall, request_id: str) -> None:
-        """Which versions sampled a call that ends before vLLM says so itself."""
-        states = self.output_processor.request_states
-        for name in self.output_processor.external_req_ids.get(request_id, ()):
-            if (state := states.get(name)) is not None and state.request_index in call.choices:
-                starts = state.weight_version_starts
-                call.choices[state.request_index].spans = [(int(v), s) for v, s in starts]
+    def _states(self, request_id: str) -> list[RequestState]:
+        """What vLLM keeps of a request's choices while they are sampled."""
+        processor = self.output_processor
+        names = processor.external_req_ids.get(request_id, ())
+        return [one for name in names if (one := processor.request_states.get(name)) is not None]
 
     def _set_sampling(self, params: SamplingParams, by: Attribution) -> dict[str, Any]:
         """Sets what the run sets; returns what the agent had asked for there.
@@ -153,6 +158,14 @@ class RecordingLLM(AsyncLLM):
         task = asyncio.get_running_loop().create_task(work)
         self._winding_up.add(task)
         task.add_done_callback(self._winding_up.discard)
+
+
+def _note_versions(call: OpenCall, states: Sequence[RequestState]) -> None:
+    """Which versions sampled a call that ends before vLLM says so itself."""
+    for state in states:
+        choice = call.choices.get(state.request_index)
+        if choice is not None and not choice.spans:
+            choice.spans = [(int(version), first) for version, first in state.weight_version_starts]
 
 
 def _take(choice: Choice, completion: CompletionOutput, deltas: bool) -> None:
@@ -253,15 +266,18 @@ async def load_weights(engine: RecordingLLM, folder: str, version: int, timeout_
     try:
         async with asyncio.timeout(timeout_s):
             await engine.pause_generation(mode="keep", clear_cache=True)
-        # A bare load_weights would leave what a CPU computes with, packed at the start, as it was.
-        await engine.collective_rpc("replace_weights", timeout=timeout_s, args=(folder,))
-        await name_version(engine, version)
+            # A bare load_weights would leave what a CPU computes with, packed at the start.
+            await engine.collective_rpc("replace_weights", timeout=timeout_s, args=(folder,))
+            await name_version(engine, version)
         whole = True
     finally:
-        async with asyncio.timeout(timeout_s):
+        try:
             if not whole:
-                await engine.pause_generation(mode="abort", clear_cache=True)
-            await engine.resume_generation()
+                async with asyncio.timeout(RESUME_S):
+                    await engine.pause_generation(mode="abort", clear_cache=True)
+        finally:
+            async with asyncio.timeout(RESUME_S):
+                await engine.resume_generation()
 
 
 async def weight_digest(engine: RecordingLLM) -> str:

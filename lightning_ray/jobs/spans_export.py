@@ -155,11 +155,9 @@ def _target(text: str) -> tuple[pa.fs.FileSystem | None, str]:
 
 def _flat(spans: pa.Table) -> pa.Table:
     """Lists as text, which CSV has a place for."""
-    sql = (
-        "SELECT * REPLACE (CAST(token_ids AS VARCHAR) AS token_ids, "
-        "CAST(logprobs AS VARCHAR) AS logprobs) FROM spans"
-    )
-    return query(spans, sql)
+    lists = [field.name for field in SPAN_SCHEMA if pa.types.is_list(field.type)]
+    texts = ", ".join(f"CAST({name} AS VARCHAR) AS {name}" for name in lists)
+    return query(spans, f"SELECT * REPLACE ({texts}) FROM spans")
 
 
 def _number(key: str, value: str | None) -> float:

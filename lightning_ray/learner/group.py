@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lightning_ray.algorithms.base import TokenLoss
 from lightning_ray.algorithms.config import LossConfig, check_loss
-from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.errors import InfrastructureError, PartLostError, UserError
 from lightning_ray.learner.config import LearnerConfig, check_learner, check_model_dir
 from lightning_ray.learner.report import StepReport
 
@@ -73,8 +73,9 @@ class LearnerGroup:
         `own` is the algorithm's own loss, in place of the one that `loss` names.
 
         Raises:
-            InfrastructureError: it took longer than `timeout_s`, or an actor was lost. Whether the
-                weights changed is then unknown: go on from a checkpoint.
+            PartLostError: an actor was lost. Whether the weights changed is then unknown: go on
+                from a checkpoint, with a group of its own.
+            InfrastructureError: it took longer than `timeout_s`.
         """
         check_loss(loss)
         report: StepReport = self._call("step", timeout_s, batch, loss, own)[0]
@@ -157,7 +158,7 @@ class LearnerGroup:
         except ray.exceptions.GetTimeoutError as error:
             raise InfrastructureError(f"waited {timeout_s:.0f} s for {what}") from error
         except ray.exceptions.RayActorError as error:
-            raise InfrastructureError(f"a learner actor was lost during {what}: {error}") from error
+            raise PartLostError(f"a learner actor was lost during {what}: {error}") from error
         except ray.exceptions.RayTaskError as error:
             # Ray wraps what an actor raised; what is meant for the user must stay so.
             if isinstance(error.cause, UserError | FileExistsError):

@@ -47,6 +47,23 @@ class StepReport:
     max_version: int
     """Newest one."""
 
+    def metrics(self) -> dict[str, float]:
+        """What a run tracks of it, by name."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "entropy": self.entropy,
+            "clip_fraction": self.clip_fraction,
+            "masked_fraction": self.masked_fraction,
+            "divergence": self.divergence,
+            "value_error": self.value_error,
+            "logprob_abs_difference": self.logprob_abs_difference,
+            "ratio_mean": self.ratio_mean,
+            "tokens_batch": float(self.total_tokens),
+            "tokens_computed": float(self.computed_tokens),
+            "learning_rate": self.learning_rate,
+        }
+
 
 def averages(totals: Mapping[str, float]) -> dict[str, float]:
     """Those of a report's fields that are averages over tokens, from the sums of `Totals`."""

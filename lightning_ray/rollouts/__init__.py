@@ -22,7 +22,7 @@ from lightning_ray.rollouts.types import (
     RolloutStatus,
     WorkerRecord,
 )
-from lightning_ray.rollouts.worker import WorkerGroup
+from lightning_ray.rollouts.worker_group import WorkerGroup
 
 __all__ = [
     "AttemptOutcome",

@@ -141,6 +141,19 @@ class RolloutQueue:
         self._last_word.pop(worker, None)
         self._wake(len(self._idle))
 
+    async def lose(self, worker: str) -> list[str]:
+        """A worker is dead, as somebody knows who saw it die: what it ran is tried again.
+
+        Returns its attempts.
+        """
+        self._retired.add(worker)
+        self._last_word.pop(worker, None)
+        lost = self._lives.lose(worker, self._clock.now())
+        await self._written()
+        self._release(lost)
+        self._after_end(lost)
+        return lost
+
     async def beat(self, worker: str) -> None:
         """A worker lives."""
         self._heard_from(worker)

@@ -60,6 +60,11 @@ class QueueClient:
         )
         return queued
 
+    def lose(self, worker: str, timeout_s: float = 30.0) -> list[str]:
+        """Has what a dead worker ran tried again; returns its attempts."""
+        lost: list[str] = ask(lambda: self.actor.lose.remote(worker), timeout_s, "lose a worker")
+        return lost
+
     def counts(self, timeout_s: float = 30.0) -> Counts:
         """How many rollouts stand where."""
         counts: Counts = ask(self.actor.counts.remote, timeout_s, "count rollouts")

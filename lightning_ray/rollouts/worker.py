@@ -31,9 +31,7 @@ from lightning_ray.agents import (
 )
 from lightning_ray.errors import InfrastructureError, LightningRayError
 from lightning_ray.rollouts.asking import RETRY_EVERY_S, ask_async
-from lightning_ray.rollouts.config import RolloutsConfig
 from lightning_ray.rollouts.line import Line
-from lightning_ray.rollouts.queue_client import QueueClient
 from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
 from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
 from lightning_ray.spans.rewards import GRADER
@@ -61,11 +59,12 @@ class RolloutWorker:
         queue: ActorHandle,
         spans: SpanClient,
         gateway_url: str,
+        name: str,
         beat_s: float = 10.0,
     ):
-        """`beat_s`: how often it says that it lives, seconds."""
+        """`name` is what the queue knows it by; `beat_s`: how often it says that it lives, s."""
         self._beat_s = beat_s
-        self._id = secrets.token_hex(8)
+        self._id = name
         self._config = agent
         self._slots = slots
         self._queue = queue
@@ -83,6 +82,10 @@ class RolloutWorker:
         await self._launcher.start()
         self._running = [asyncio.create_task(self._work()) for _ in range(self._slots)]
         self._running.append(asyncio.create_task(self._beat()))
+
+    async def gone(self) -> None:
+        """Never returns: who asked is told by Ray when this process has died."""
+        await asyncio.Event().wait()
 
     async def stop(self) -> None:
         """Stops the agents that run, and takes no more work."""
@@ -265,36 +268,3 @@ def _end_spans(
     for name, value in outcome.rewards.items():
         rows.append(span(SpanKind.REWARD, name, **place, value=value, source=GRADER))
     return rows
-
-
-class WorkerGroup:
-    """`config.num_workers` workers that take from one queue."""
-
-    def __init__(
-        self,
-        config: RolloutsConfig,
-        agent: AgentConfig,
-        queue: QueueClient,
-        spans: SpanClient,
-        gateway_url: str,
-    ):
-        """Starts the workers; they take work at once. Raises what `RolloutWorker.start` raises."""
-        actor = ray.remote(RolloutWorker).options(
-            num_cpus=config.num_cpus,
-            label_selector=config.node_labels or None,
-            max_concurrency=100,
-            max_restarts=0,
-        )
-        beat_s = config.worker_lost_s / 4
-        self._workers = [
-            actor.remote(agent, config.slots_per_worker, queue.actor, spans, gateway_url, beat_s)
-            for _ in range(config.num_workers)
-        ]
-        ray.get([worker.start.remote() for worker in self._workers], timeout=120)
-
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """Stops the workers and every agent they run."""
-        stopping = [worker.stop.remote() for worker in self._workers]
-        ray.wait(stopping, num_returns=len(stopping), timeout=timeout_s)
-        for worker in self._workers:
-            ray.kill(worker)

@@ -40,6 +40,7 @@ OURS = (
     "role",
     "policy",
     "version",
+    "versions",
     "continues",
     "prefix_tokens",
     "token_ids",

@@ -122,6 +122,15 @@ def _call_checks(batch: pa.RecordBatch, policies: Collection[str]) -> Iterator[t
         "logprobs has more than token_ids, or one that is null, not finite or above 0",
         ~call | (_counts(logprobs) <= _counts(tokens)) & _each(logprobs, _is_logprob),
     )
+    versions = batch["versions"]
+    yield (
+        "versions is not one of at least 0 for each of logprobs, the first of them version",
+        ~call
+        | mask(pc.is_null(versions))
+        | (_counts(versions) == _counts(logprobs))
+        & _each(versions, lambda some: pc.greater_equal(some, 0))
+        & (_firsts(versions) == pc.fill_null(batch["version"], -1).to_numpy()),
+    )
     goes_on = mask(pc.is_valid(batch["continues"]))
     prefix = pc.fill_null(batch["prefix_tokens"], 0).to_numpy()
     yield (
@@ -135,6 +144,16 @@ def _counts(lists: pa.ListArray) -> "np.ndarray[tuple[int], np.dtype[np.int32]]"
     counts: np.ndarray[tuple[int], np.dtype[np.int32]]
     counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     return counts
+
+
+def _firsts(lists: pa.ListArray) -> "np.ndarray[tuple[int], np.dtype[np.int32]]":
+    """The first value of each list; -2 for null, and for a list without one."""
+    values = pc.fill_null(lists.values, -2).to_numpy(zero_copy_only=False)
+    begins = np.minimum(lists.offsets.to_numpy()[:-1], max(len(values) - 1, 0))
+    found = values[begins] if len(values) else np.full(len(lists), -2, np.int32)
+    firsts: np.ndarray[tuple[int], np.dtype[np.int32]]
+    firsts = np.where(_counts(lists) > 0, found, -2)
+    return firsts
 
 
 def _is_logprob(values: pa.Array) -> pa.Array:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from lightning_ray.algorithms import Algorithm, AlgorithmConfig, Group, finish, overlong, score
 from lightning_ray.rollouts import RolloutRecord, RolloutStatus
-from lightning_ray.spans import SpanKind
+from lightning_ray.spans import SpanKind, SpanStatus
 from lightning_ray.spans.rewards import by_attempt
 from lightning_ray.spans.rewards import rewards as held_rewards
 from lightning_ray.trajectories import (
@@ -234,13 +234,14 @@ def oldest_versions(
 ) -> dict[str, int]:
     """The oldest version of `policy` that sampled a token of each group, by group.
 
-    Of a rollout only the latest attempt counts, for no other is learnt from.
+    Only what can be learnt from counts: whole calls of rollouts that succeeded.
     """
-    groups = {r.attempt_id: r.spec.group_id for r in records if r.attempts}
+    groups = {r.attempt_id: r.spec.group_id for r in records if r.status is RolloutStatus.SUCCEEDED}
     calls = spans.filter(
         pc.equal(spans["kind"], SpanKind.MODEL_CALL.value)
         & pc.equal(spans["policy"], policy)
         & pc.is_in(spans["attempt_id"], value_set=pa.array(list(groups), pa.string()))
+        & pc.equal(spans["status"], SpanStatus.OK.value)
         & pc.is_valid(spans["version"])
     )
     oldest: dict[str, int] = {}

@@ -20,7 +20,7 @@ import ray
 
 from lightning_ray.agents import Task
 from lightning_ray.algorithms import make_algorithm, own_loss
-from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.errors import InfrastructureError, PartLostError, UserError
 from lightning_ray.evaluation import HeldoutReport, Side
 from lightning_ray.gateway import make_roles
 from lightning_ray.learner import StepReport, read_state
@@ -32,6 +32,7 @@ from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.flow import Flow
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.hygiene_log import HygieneLog, totals
+from lightning_ray.training.losses import Losses
 from lightning_ray.training.names import MEASURING, REHEARSAL
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
@@ -83,6 +84,7 @@ class Conductor:
         ship_by_value(self._algorithm)
         self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
+        self._losses = Losses(config.training.max_losses)
         self.scored: list[Side] = []
         """What `evaluate` saw since this process began, oldest first."""
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
@@ -121,11 +123,16 @@ class Conductor:
         """
         if self.state.step == 0:
             self._versions.register(0, self._base, None, 0, "base model")
-        flow = Flow(self._config, self._parts.queue, self._order, self._oldest, self._progress)
-        flow.restore(self.state.position, self.state.in_hand)
+        flow = self._flow()
         while self.state.step < self._config.training.steps:
             begun = time.monotonic()
-            metrics = self._step(flow)
+            try:
+                metrics = self._step(flow)
+            except PartLostError as error:
+                flow.abandon()
+                self._go_back(error)
+                flow = self._flow()
+                continue
             seconds = time.monotonic() - begun
             self.state.train_seconds += seconds
             metrics["seconds"] = seconds
@@ -176,7 +183,7 @@ class Conductor:
         config = self._config
         step = self.state.step + 1
         with self._progress.phase("rollouts") as rolling:
-            taken = flow.take(self.state.step, self.state.version)
+            taken = flow.take(self.state.step, self._behind)
         records = taken.records
         if taken.stale:
             self._progress.note(f"{taken.stale} groups were too old to learn from, and dropped")
@@ -188,7 +195,9 @@ class Conductor:
             raise no_call_for(config.policy.name, self._roles)
         with self._progress.phase("learn") as learning:
             report = self._learn(sequences, batch)
-        trained_from = self.state.version
+        # Before the next version: these weights, and not those, were trained.
+        oldest = self.state.version if batch.oldest_version is None else batch.oldest_version
+        behind = self._behind(oldest)
         with self._progress.phase("weights") as handing:
             if report is not None and report.skipped is None:
                 self._publish(step)
@@ -199,13 +208,20 @@ class Conductor:
         self.state.left_out += batch.left_out
         if step == config.training.steps or step % config.training.checkpoint_every == 0:
             self._samples(records, sequences, batch)
-        oldest = trained_from if batch.oldest_version is None else batch.oldest_version
+        phases = {
+            "rollouts": rolling.seconds,
+            "batch": batching.seconds,
+            "learn": learning.seconds,
+            "weights": handing.seconds,
+        }
+        # Asynchronous rollouts go on in all phases; of the first, a step sees only what it waits.
+        sampling = sum(phases.values()) if config.training.staleness else rolling.seconds
         metrics: dict[str, float] = {
             **batch.rewards,
-            **self._learner_metrics(report),
+            **({} if report is None else report.metrics()),
             **batch.hygiene.metrics(),
             "version": float(self.state.version),
-            "staleness": float(trained_from - oldest),
+            "staleness": float(behind),
             "groups_used": float(batch.used_groups),
             "groups_flat": float(batch.flat_groups),
             "groups_small": float(batch.small_groups),
@@ -213,16 +229,49 @@ class Conductor:
             "cut_tokens": float(batch.cut.tokens),
             "left_out": float(batch.left_out),
             "sampled_tokens": float(batch.report.trainable_tokens),
-            "tokens_per_second": batch.report.trainable_tokens / max(rolling.seconds, 1e-9),
+            "tokens_per_second": batch.report.trainable_tokens / max(sampling, 1e-9),
             "attempts": float(sum(len(record.attempts) for record in records)),
             "tasks": float(taken.tasks),
             "groups_stale": float(taken.stale),
-            "seconds_rollouts": rolling.seconds,
-            "seconds_batch": batching.seconds,
-            "seconds_learn": learning.seconds,
-            "seconds_weights": handing.seconds,
+            **{f"seconds_{name}": seconds for name, seconds in phases.items()},
         }
         return metrics
+
+    def _flow(self) -> Flow:
+        """Groups from where the run stands."""
+        flow = Flow(
+            self._config, self._parts.queue, self._order, self._oldest, self._progress, self._mend
+        )
+        flow.restore(self.state.position, self.state.in_hand)
+        return flow
+
+    def _mend(self) -> None:
+        """Replaces parts that have died, such as rollout workers, and goes on."""
+        for line in self._parts.mend():
+            self._progress.note(line)
+            self._losses.count(line, self.state.step)
+
+    def _go_back(self, lost: PartLostError) -> None:
+        """Starts the learner anew and goes on from the last checkpoint, or from the beginning.
+
+        Raises InfrastructureError when that happens again and again.
+        """
+        self._losses.count(str(lost), self.state.step)
+        self._parts.replace_learner()
+        checkpoint = self._folder.last_checkpoint()
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        else:
+            self.state = RunState(heldout_before=self.state.heldout_before)
+        version = self.state.version
+        weights = self._base if version == 0 else self._folder.version(version)
+        self._parts.engines.update_weights(str(weights), version)
+        where = f"step {self.state.step}" if self.state.step else "the beginning"
+        self._progress.note(f"{lost}; going on from {where}")
+
+    def _behind(self, version: int) -> int:
+        """How many updates of the weights there were since `version`."""
+        return sum(number > version for number in self.state.published)
 
     def _oldest(self, records: Sequence[RolloutRecord]) -> dict[str, int]:
         """The oldest version that sampled a token of each group, by group."""
@@ -243,7 +292,7 @@ class Conductor:
         """Runs `samples` rollouts of each task; returns their records in order, all ended."""
         specs = rollout_specs(prefix, self._session, tasks, samples, self._config, heldout=heldout)
         limit = self._config.rollouts.batch_timeout_s
-        return run_rollouts(self._parts.queue, specs, limit, self._progress)
+        return run_rollouts(self._parts.queue, specs, limit, self._progress, self._mend)
 
     def _batch(self, records: Sequence[RolloutRecord]) -> tuple["ray.ObjectRef", Batch]:
         """The step's batch: a reference to its sequences, and what is known of them."""
@@ -309,6 +358,7 @@ class Conductor:
         )
         self._parts.engines.update_weights(str(path), number)
         self.state.version = number
+        self.state.published.append(number)
         # A run is resumed with the version its checkpoint was published as.
         kept = self._folder.whole_checkpoints()
         self._versions.prune({self.peek(checkpoint).version for checkpoint in kept})
@@ -341,22 +391,3 @@ class Conductor:
         if batch.rows and count:
             table = ray.get(sequences, timeout=BATCH_TIMEOUT_S).slice(0, count)
             write_samples(self._folder.trajectories, records, table, self._base)
-
-    @staticmethod
-    def _learner_metrics(report: StepReport | None) -> dict[str, float]:
-        if report is None:
-            return {}
-        return {
-            "loss": report.loss,
-            "grad_norm": report.grad_norm,
-            "entropy": report.entropy,
-            "clip_fraction": report.clip_fraction,
-            "masked_fraction": report.masked_fraction,
-            "divergence": report.divergence,
-            "value_error": report.value_error,
-            "logprob_abs_difference": report.logprob_abs_difference,
-            "ratio_mean": report.ratio_mean,
-            "tokens_batch": float(report.total_tokens),
-            "tokens_computed": float(report.computed_tokens),
-            "learning_rate": report.learning_rate,
-        }

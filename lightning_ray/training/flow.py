@@ -40,6 +40,8 @@ class FlowGroup:
     position: int
     """Of its task in the order."""
     specs: Sequence[RolloutSpec]
+    admitted: float = 0.0
+    """When, on the monotonic clock."""
     records: dict[str, RolloutRecord] = field(default_factory=dict)
     """Of those that have ended, by rollout."""
     oldest: int | None = None
@@ -96,13 +98,16 @@ class Hand:
         self.running.append(group)
 
     def ended(self, records: Sequence[RolloutRecord]) -> None:
-        """Rollouts have ended; makes room for others where a group turns out to teach nothing."""
+        """`records` are of all rollouts of running groups that have ended, also those known before:
+        one that somebody has tried again is not among them.
+
+        Makes room for others where a group turns out to teach nothing.
+        """
         by_rollout = {record.spec.rollout_id: record for record in records}
         still = []
         for group in self.running:
-            for name in group.missing:
-                if name in by_rollout:
-                    group.records[name] = by_rollout[name]
+            names = [spec.rollout_id for spec in group.specs]
+            group.records = {name: by_rollout[name] for name in names if name in by_rollout}
             if group.missing:
                 still.append(group)
             else:
@@ -111,8 +116,16 @@ class Hand:
 
     def fewest(self) -> int:
         """Rollouts that must end at least before a batch can be ready; 0 when nothing runs."""
-        wanted = min(self._batch - len(self.ready), len(self.running))
-        return sum(sorted(len(group.missing) for group in self.running)[: max(wanted, 0)])
+        return sum(len(group.missing) for group in self.next_ended())
+
+    def no_more_extra(self) -> None:
+        """No other tasks are to be tried in this step."""
+        self._extra = self._most_extra
+
+    def next_ended(self) -> list[FlowGroup]:
+        """The running groups that a batch lacks, those with the fewest missing rollouts."""
+        lacking = max(self._batch - len(self.ready), 0)
+        return sorted(self.running, key=lambda group: len(group.missing))[:lacking]
 
     def drop(self, groups: Sequence[FlowGroup]) -> None:
         """Ready groups are not to be trained on after all."""
@@ -166,14 +179,16 @@ class Flow:
         order: TaskOrder,
         oldest: Oldest,
         progress: Progress,
+        watch: Callable[[], None] = lambda: None,
     ):
-        """`oldest` is asked only where data can be stale."""
+        """`oldest` is asked only where data can be stale; `watch` is called while it waits."""
         training = config.training
         self._config = config
         self._queue = queue
         self._order = order
         self._oldest = oldest
         self._progress = progress
+        self._watch = watch
         self._hand = Hand(
             training.tasks_per_step,
             training.staleness,
@@ -197,6 +212,21 @@ class Flow:
         """Positions that were admitted, and neither taken nor dropped."""
         return sorted([*self._again, *(group.position for group in self._hand.groups)])
 
+    def abandon(self) -> None:
+        """Cancels all that is under way: another flow does it again."""
+        groups = self._hand.groups
+        names = [spec.rollout_id for group in groups for spec in group.specs]
+        if not names:
+            return
+        self._queue.cancel(names)
+        ended = self._queue.wait(names, CANCEL_S)
+        if len(ended) < len(names):
+            raise InfrastructureError(
+                f"{len(names) - len(ended)} rollouts did not end within {CANCEL_S:g} s after they "
+                "were cancelled"
+            )
+        self._forget(groups)
+
     def admit(self, step: int) -> None:
         """Queues as many groups as there is room for when `step` steps have been trained."""
         specs: list[RolloutSpec] = []
@@ -213,24 +243,25 @@ class Flow:
                 self._config,
                 first=number,
             )
-            self._hand.add(FlowGroup(position, mine))
+            self._hand.add(FlowGroup(position, mine, time.monotonic()))
             specs += mine
         if specs:
             self._queue.enqueue(specs)
 
-    def take(self, step: int, version: int) -> Taken:
-        """Waits for the groups of the step after `step`, which is to train `version`.
+    def take(self, step: int, behind: Callable[[int], int]) -> Taken:
+        """Waits for the groups of the step after `step`.
 
-        What has not ended after `rollouts.batch_timeout_s` seconds is cancelled. Raises
-        InfrastructureError when it does not end then either.
+        `behind` says how many updates of the weights there were since a version. Groups that a
+        batch lacks are cancelled `rollouts.batch_timeout_s` seconds after it is waited for, or
+        after they were admitted. Raises InfrastructureError when they do not end then either.
         """
-        deadline = time.monotonic() + self._config.rollouts.batch_timeout_s
+        begun = time.monotonic()
         hand, stale = self._hand, 0
         while True:
             self.admit(step)
             if hand.running and len(hand.next_batch()) < self._config.training.tasks_per_step:
-                self._wait(deadline)
-            elif too_old := self._stale(version):
+                self._wait(begun)
+            elif too_old := self._stale(behind):
                 stale += len(too_old)
                 hand.drop(too_old)
                 self._forget(too_old)
@@ -247,26 +278,39 @@ class Flow:
         self.position += 1
         return self.position - 1
 
-    def _wait(self, deadline: float) -> None:
+    def _wait(self, begun: float) -> None:
         hand = self._hand
-        names = [name for group in hand.running for name in group.missing]
         # In slices, so that the panel shows the queue and Ctrl-C is heard.
-        hand.ended(self._queue.wait(names, SLICE_S, hand.fewest()))
+        self._look(SLICE_S, hand.fewest())
+        self._watch()
         counts = self._queue.counts()
         self._progress.update(queue=counts.queued, running=counts.running)
-        if time.monotonic() <= deadline or not hand.running:
+        limit = self._config.rollouts.batch_timeout_s
+        overdue = [
+            group
+            for group in hand.next_ended()
+            if time.monotonic() > max(begun, group.admitted) + limit
+        ]
+        if not overdue:
             return
-        left = [name for group in hand.running for name in group.missing]
+        left = [name for group in overdue for name in group.missing]
+        hand.no_more_extra()
         self._queue.cancel(left)
         log.warning("cancelled what was unfinished of %s ...", left[0])
-        hand.ended(self._queue.wait(left, CANCEL_S))
-        if hand.running:
+        self._look(CANCEL_S, len(left))
+        if any(group.missing for group in overdue):
             raise InfrastructureError(
                 f"{left[0]} did not end within {CANCEL_S:g} s after it was cancelled"
             )
 
-    def _stale(self, version: int) -> list[FlowGroup]:
-        """Groups of the next batch with tokens that are too old to train `version` on."""
+    def _look(self, timeout_s: float, more: int) -> None:
+        """Waits until `more` rollouts of running groups have ended; notes who has."""
+        names = [spec.rollout_id for group in self._hand.running for spec in group.specs]
+        known = sum(len(group.records) for group in self._hand.running)
+        self._hand.ended(self._queue.wait(names, timeout_s, known + more))
+
+    def _stale(self, behind: Callable[[int], int]) -> list[FlowGroup]:
+        """Groups of the next batch with tokens that are too old to learn from."""
         staleness = self._config.training.staleness
         if not staleness:
             return []
@@ -278,7 +322,7 @@ class Flow:
         return [
             group
             for group in self._hand.next_batch()
-            if group.oldest is not None and group.oldest < version - staleness
+            if group.oldest is not None and behind(group.oldest) > staleness
         ]
 
     def _forget(self, groups: Sequence[FlowGroup]) -> None:

@@ -1,8 +1,8 @@
 """The names of a run's rollouts, from which their batch and group can be told again.
 
-STEP-SESSION-PLACE-SAMPLE: what they are run for (`s00003`; `heldout-s00000` to measure), the life
-of the run that asked for them, the task's place in the batch, and which of its samples. Invariant:
-`place_of` reads what `rollout_id` wrote.
+STEP-SESSION-PLACE-SAMPLE: what they are run for (`s00003`: the step that was awaited when they were
+admitted; `heldout-s00000` to measure), the life of the run that asked for them, the task's place
+among those, and which of its samples. Invariant: `place_of` reads what `rollout_id` wrote.
 """
 
 import re

@@ -148,9 +148,23 @@ class Parts:
         self._at_end(group.stop)
         return group
 
+    def mend(self) -> list[str]:
+        """Replaces what has died and can be replaced at once; says what, a line each."""
+        died = self.workers.mend()
+        return [f"{died} rollout workers died and were replaced"] if died else []
+
     def start_learner(self) -> None:
         """Starts the learner alone: for a job that learns from what is there and runs no agent."""
         with self._progress.phase("starting the DeepSpeed learner", slow=True):
+            self._start_learner()
+
+    def replace_learner(self) -> None:
+        """Another learner in place of one that died; it has the base model's weights.
+
+        Raises InfrastructureError when it does not start.
+        """
+        self.learner.stop()
+        with self._progress.phase("starting the DeepSpeed learner again", slow=True):
             self._start_learner()
 
     def stop(self) -> None:

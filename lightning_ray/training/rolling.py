@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning_ray.agents import Task
 from lightning_ray.evaluation import EvaluationConfig, Outcome, read_outcomes
@@ -49,11 +49,15 @@ def rollout_specs(
 
 
 def run_rollouts(
-    queue: QueueClient, specs: Sequence[RolloutSpec], timeout_s: float, progress: Progress
+    queue: QueueClient,
+    specs: Sequence[RolloutSpec],
+    timeout_s: float,
+    progress: Progress,
+    watch: Callable[[], None] = lambda: None,
 ) -> list[RolloutRecord]:
     """Queues rollouts and waits; returns their records in order, all ended.
 
-    What has not ended after `timeout_s` seconds is cancelled.
+    What has not ended after `timeout_s` seconds is cancelled. `watch` is called while it waits.
     """
     ids = [spec.rollout_id for spec in specs]
     progress.update(queue=len(ids))
@@ -62,6 +66,7 @@ def run_rollouts(
     while True:
         # In slices, so that the panel shows the queue and Ctrl-C is heard.
         records = queue.wait(ids, min(2.0, timeout_s))
+        watch()
         counts = queue.counts()
         progress.update(queue=counts.queued, running=counts.running)
         if len(records) == len(ids):

@@ -16,6 +16,9 @@ class RunState:
     """Place in the order of tasks (see `TaskOrder`)."""
     in_hand: list[int] = field(default_factory=list)
     """Places before it whose rollouts were under way or not yet learnt from (see `Flow`)."""
+    published: list[int] = field(default_factory=list)
+    """The versions that its steps published, in order. Numbers of versions that were lost when the
+    run was stopped are none of them."""
     train_seconds: float = 0.0
     tokens_generated: int = 0
     heldout_before: dict[str, Any] | None = None

@@ -339,7 +339,7 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
 
 
 def test_calls_go_on_through_an_update(stack, tmp_path):
-    """Calls that run or arrive while the weights change end well, each on one version."""
+    """Calls that run or arrive while the weights change end well."""
     folder = stack.learner.publish(tmp_path / "version-5", 120)
     before = stack.shared.version
 

@@ -1,8 +1,12 @@
 import asyncio
 import json
+import random
 import textwrap
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 import ray
 
@@ -17,7 +21,7 @@ from lightning_ray.rollouts import (
     WorkerGroup,
     start_queue,
 )
-from lightning_ray.spans import SpanClient, SpansConfig, start_store
+from lightning_ray.spans import SpanClient, SpansConfig, read_folder, start_store
 
 AGENT = """
     import os, signal, sys, time
@@ -68,6 +72,54 @@ def parts(
     workers.stop()
     store.close()
     ray.kill(queue.actor)
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_is_killed_is_replaced_and_what_it_ran_is_tried_again(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """Three times, at random moments; the agent is charged for none of it."""
+    (tmp_path / "agent.py").write_text(
+        "import sys, time\ntime.sleep(float(sys.argv[1]))\nprint('done')\n"
+    )
+    (tmp_path / "grader.py").write_text("def grade(task, result, spans):\n    return 1.0\n")
+    agent = AgentConfig(
+        name="test",
+        command=["python", "agent.py", "{seconds}"],
+        cwd=str(tmp_path),
+        grader=f"{tmp_path}/grader.py:grade",
+    )
+    config = RolloutsConfig(num_workers=2, slots_per_worker=4, worker_lost_s=600, max_faults=9)
+    queue = start_queue("run", config)
+    store = start_store(str(tmp_path / "spans"), SpansConfig())
+    workers = WorkerGroup(config, agent, queue, store, "http://127.0.0.1:9")
+    chance = random.Random(3)
+    names = [f"r{n}" for n in range(24)]
+    queue.enqueue([RolloutSpec(n, n, {"seconds": 1}, 60.0, max_attempts=1) for n in names])
+    died, kills, records = 0, 0, []
+    deadline = time.monotonic() + 90
+    while len(records) < len(names) and time.monotonic() < deadline:
+        records = queue.wait(names, chance.uniform(0.5, 1.5))
+        if kills < 3:
+            ray.kill(chance.choice(workers._workers).actor)
+            kills += 1
+        died += workers.mend()
+    workers.stop()
+    store.close()
+    assert (died, kills) == (3, 3)
+    assert {record.status for record in records} == {RolloutStatus.SUCCEEDED}
+    assert [record.spec.rollout_id for record in records] == names
+    tried = [len(record.attempts) for record in records]
+    assert max(tried) > 1, "no kill met an attempt"
+    latest = sorted(record.attempt_id for record in records)
+    assert [one for one in store_rewards(tmp_path / "spans") if one in latest] == latest
+    ray.kill(queue.actor)
+
+
+def store_rewards(folder: Path) -> list[str]:
+    """The attempts that have rewards, once for each reward."""
+    spans = read_folder(folder)
+    return sorted(spans.filter(pc.equal(spans["kind"], "reward"))["attempt_id"].to_pylist())
 
 
 def finished(queue: QueueClient, *what: str, timeout_s: float = 20.0) -> dict[str, RolloutRecord]:

@@ -82,6 +82,7 @@ def test_rows_go_where_the_door_says_and_what_they_say_else_is_kept() -> None:
         ({"version": pa.array([1, 1, 1], pa.int32())}, "only an engine"),
         ({"token_ids": pa.array([[1]] * 3, pa.list_(pa.int32()))}, "only an engine"),
         ({"logprobs": pa.array([[0.0]] * 3, pa.list_(pa.float32()))}, "only an engine"),
+        ({"versions": pa.array([[1]] * 3, pa.list_(pa.int32()))}, "only an engine"),
         ({"finish_reason": "stop"}, "only an engine"),
         ({"span_id": "x"}, "span_id is not"),
         ({"span_id": "0" * 16}, "span_id is not"),

@@ -79,6 +79,16 @@ def test_rollouts_are_the_senders_own_and_the_same_whenever_they_are_sent() -> N
     assert read(table(2))[0]["attempt_id"].to_pylist() == [f"{OWNER}mine/1"] * 2
 
 
+def lists(*values: Any, of: pa.DataType) -> pa.Array:
+    return pa.array([*values], pa.list_(of))
+
+
+def test_a_call_may_have_been_sampled_by_several_versions() -> None:
+    versions = lists([3, 5], None, [3, 3], of=pa.int32())
+    batch, refused = read(table(3, versions=versions))
+    assert refused == {} and batch["versions"].equals(versions)
+
+
 def test_the_tokens_of_a_conversation_come_out_exactly() -> None:
     turns = table(
         2,
@@ -113,10 +123,6 @@ def test_what_else_a_rollout_is_made_of_may_come_along() -> None:
     assert refused == {} and batch["kind"].to_pylist() == kinds
 
 
-def lists(*values: Any, of: pa.DataType) -> pa.Array:
-    return pa.array([*values], pa.list_(of))
-
-
 HIDDEN = pa.ListArray.from_arrays(
     pa.array([0, 2, 4, 6], pa.int32()),
     pa.array([7, 7, -1, -1, 7, 7], pa.int32()),
@@ -128,6 +134,10 @@ HIDDEN = pa.ListArray.from_arrays(
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
+        *(
+            ({"versions": lists(*[versions] * 3, of=pa.int32())}, "versions is not one of at least")
+            for versions in ([3], [3, 4, 4], [4, 4], [3, None], [3, -1], [])
+        ),
         ({"rollout_id": None}, "rollout_id is not 1 to 128"),
         ({"rollout_id": ""}, "rollout_id is not 1 to 128"),
         ({"rollout_id": "r" * 129}, "rollout_id is not 1 to 128"),

@@ -16,6 +16,7 @@ ROWS = st.fixed_dictionaries(
         "token_ids": st.none() | st.lists(INT32, max_size=8),
         "logprobs": st.none() | st.lists(st.floats(width=32, allow_nan=False), max_size=8),
         "version": st.none() | INT32,
+        "versions": st.none() | st.lists(INT32, max_size=8),
         "prefix_tokens": st.none() | st.integers(0, 2**31 - 1),
         "continues": st.none() | TEXT,
         "finish_reason": st.none() | TEXT,
