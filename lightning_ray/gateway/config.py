@@ -40,6 +40,9 @@ class GatewayConfig:
     """Largest request body, bytes."""
     call_timeout_s: float = 300.0
     """Longest that one call may take, seconds."""
+    engine_wait_s: float = 120.0
+    """How long a call waits for an engine to come back when none can be reached, seconds; part of
+    `call_timeout_s`."""
     max_calls: int = 4096
     """Calls that a replica answers at a time; one more is asked to come again."""
     max_calls_per_attempt: int = 256
@@ -107,6 +110,8 @@ def check_gateway(config: GatewayConfig) -> None:
             raise UserError(f"gateway.{name}={getattr(config, name)}: must be at least 1")
     if config.replay_mib < 0:
         raise UserError(f"gateway.replay_mib={config.replay_mib}: must be 0 or more")
+    if config.engine_wait_s < 0:
+        raise UserError(f"gateway.engine_wait_s={config.engine_wait_s}: must be 0 seconds or more")
     if config.call_timeout_s <= 0 or config.max_body_bytes < 1:
         raise UserError("gateway.call_timeout_s and gateway.max_body_bytes must be above 0")
     check_telemetry(config.telemetry)

@@ -4,6 +4,7 @@ Invariant: a call goes to another engine only before a byte of a reply came, so 
 the halves of two answers.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 DOWN_S = 5.0
 """How long an engine that did not answer is asked after the others, seconds."""
+ASK_AGAIN_S = 0.5
 
 
 class Engines:
@@ -39,12 +41,35 @@ class Engines:
         rollout_id: str,
         path: str,
         headers: Mapping[str, str],
+        wait_s: float = 0.0,
         **options: Any,
     ) -> aiohttp.ClientResponse:
         """The beginning of the reply of the first engine that gives one.
 
-        Raises aiohttp.ClientError when none does.
+        While none can be reached, one that died may be replaced at its address: they are asked
+        again for `wait_s` seconds. Raises aiohttp.ClientError when none answers then either.
         """
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                return await self._ask_each(
+                    session, method, answerer, rollout_id, path, headers, **options
+                )
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(ASK_AGAIN_S)
+
+    async def _ask_each(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        answerer: Answerer,
+        rollout_id: str,
+        path: str,
+        headers: Mapping[str, str],
+        **options: Any,
+    ) -> aiohttp.ClientResponse:
         failed: aiohttp.ClientError | None = None
         for url in self.order(answerer, rollout_id):
             # Twice: the first connection may be an old one, which the engine closed meanwhile.

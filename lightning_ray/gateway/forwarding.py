@@ -146,7 +146,14 @@ class Forwarder:
         **options: Any,
     ) -> aiohttp.ClientResponse:
         return await self._engines.ask(
-            self._client(), method, answerer, rollout_id, path, headers, **options
+            self._client(),
+            method,
+            answerer,
+            rollout_id,
+            path,
+            headers,
+            self._config.engine_wait_s,
+            **options,
         )
 
     def _client(self) -> aiohttp.ClientSession:

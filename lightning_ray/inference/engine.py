@@ -52,12 +52,14 @@ class InferenceEngine:
         version: int,
         key: str,
         spans: SpanClient,
+        port: int = 0,
     ):
         """Nothing heavy happens here.
 
         `model_dir` holds version `version` of `policy`; `names` are the model names that agents may
-        ask for; `key` is what a caller must know.
+        ask for; `key` is what a caller must know; `port` 0 is any free one.
         """
+        self._port = port
         self._config = config
         self._model_dir = model_dir
         self._policy = policy
@@ -113,6 +115,11 @@ class InferenceEngine:
             self._recorder.sampled_tokens,
         )
 
+    async def gone(self) -> None:
+        """Returns when vLLM's own processes have died; Ray tells who asked when this one has."""
+        while self._engine is None or not self._engine.errored:
+            await asyncio.sleep(COUNT_EVERY_S)
+
     async def weight_digest(self) -> str:
         """What `vllm_internals.weight_digest` says of the weights in use."""
         from lightning_ray.inference import vllm_internals as vllm
@@ -139,7 +146,7 @@ class InferenceEngine:
 
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((self._config.host, 0))
+        listener.bind((self._config.host, self._port))
         config = uvicorn.Config(
             app,
             log_level="warning",

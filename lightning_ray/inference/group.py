@@ -1,16 +1,35 @@
 """The group of engines: starting them, handing them new weights, stopping them."""
 
+import logging
 import secrets
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.engine import EngineState, InferenceEngine
 from lightning_ray.inference.lifeline import LIFELINE, SPIN
 from lightning_ray.spans import SpanClient
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """One actor, where it can be reached, and how its death is heard of."""
+
+    actor: ActorHandle
+    url: "ray.ObjectRef"
+    """Its base URL, once it answers."""
+    gone: "ray.ObjectRef"
+    """Ready once it, or its vLLM, has died."""
 
 
 class InferenceGroup:
@@ -28,18 +47,11 @@ class InferenceGroup:
         """Starts the actors; `wait_ready` waits for them, so that others can start meanwhile."""
         self.key = secrets.token_urlsafe(24)
         self._config = config
-        actor = ray.remote(InferenceEngine).options(
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-            label_selector=config.node_labels or None,
-            max_concurrency=1000,
-            runtime_env={"env_vars": engine_environment(config)},
-        )
-        self._engines: list[ActorHandle] = [
-            actor.remote(config, model_dir, policy, list(names), version, self.key, spans)
-            for _ in range(config.num_engines)
-        ]
-        self._starting = [engine.start.remote() for engine in self._engines]
+        self._arguments = (policy, list(names), self.key, spans)
+        self._current = (model_dir, version)
+        self._engines = [self._start() for _ in range(config.num_engines)]
+        self._replacing: dict[int, float] = {}
+        """Engines that start in place of dead ones, by their place, and since when."""
         self.urls: list[str] = []
 
     def wait_ready(self) -> list[str]:
@@ -49,7 +61,7 @@ class InferenceGroup:
         """
         limit = self._config.start_timeout_s
         try:
-            self.urls = ray.get(self._starting, timeout=limit)
+            self.urls = ray.get([engine.url for engine in self._engines], timeout=limit)
         except ray.exceptions.GetTimeoutError as error:
             raise InfrastructureError(f"the vLLM engine did not start in {limit:g} s") from error
         except ray.exceptions.RayError as error:
@@ -69,7 +81,13 @@ class InferenceGroup:
         """
         # For calls to drain, for the change, and for the engine to go on after one that failed.
         limit = 2 * self._config.update_timeout_s + 60.0
-        pending = [engine.update_weights.remote(folder, version, drain) for engine in self._engines]
+        if self._replacing:
+            # It starts with the version before, and takes this one on like the others.
+            self._wait_replaced()
+        self._current = (folder, version)
+        pending = [
+            engine.actor.update_weights.remote(folder, version, drain) for engine in self._engines
+        ]
         try:
             return max(ray.get(pending, timeout=limit))
         except ray.exceptions.GetTimeoutError as error:
@@ -83,14 +101,14 @@ class InferenceGroup:
 
     def states(self, timeout_s: float = 10.0) -> list[EngineState]:
         """What every engine says of itself."""
-        return ray.get([engine.state.remote() for engine in self._engines], timeout=timeout_s)
+        return ray.get([engine.actor.state.remote() for engine in self._engines], timeout=timeout_s)
 
     def weight_digests(self, timeout_s: float = 60.0) -> list[str]:
         """A digest of every engine's weights; equal weights have equal digests.
 
         Raises InfrastructureError when an engine does not say.
         """
-        asking = [engine.weight_digest.remote() for engine in self._engines]
+        asking = [engine.actor.weight_digest.remote() for engine in self._engines]
         try:
             digests: list[str] = ray.get(asking, timeout=timeout_s)
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
@@ -99,12 +117,93 @@ class InferenceGroup:
             ) from error
         return digests
 
+    def mend(self) -> int:
+        """Starts another engine at the place of each that has died; returns how many died.
+
+        Does not wait for them: `down` says how many are not there yet. Raises InfrastructureError
+        when one does not come within `inference.start_timeout_s`.
+        """
+        gone, _ = ray.wait(
+            [engine.gone for engine in self._engines], num_returns=len(self._engines), timeout=0
+        )
+        dead = [place for place, engine in enumerate(self._engines) if engine.gone in gone]
+        for place in dead:
+            log.warning("the engine at %s died; another takes its place", self.urls[place])
+            # Its vLLM may have died and not the actor.
+            ray.kill(self._engines[place].actor)
+            self._engines[place] = self._start(self.urls[place])
+            self._replacing[place] = time.monotonic()
+        self._look_at_replaced(0.0)
+        return len(dead)
+
+    @property
+    def down(self) -> int:
+        """Engines that died and are not there again yet."""
+        return len(self._replacing)
+
+    @property
+    def alive(self) -> int:
+        """Engines that answer, as far as `mend` has seen."""
+        return len(self._engines) - len(self._replacing)
+
+    def _wait_replaced(self) -> None:
+        while self._replacing:
+            self._look_at_replaced(1.0)
+
+    def _look_at_replaced(self, timeout_s: float) -> None:
+        """Takes note of engines that have come; waits at most so long for the first."""
+        limit = self._config.start_timeout_s
+        for place, since in list(self._replacing.items()):
+            ready, _ = ray.wait([self._engines[place].url], timeout=timeout_s)
+            if ready:
+                try:
+                    self.urls[place] = ray.get(ready[0], timeout=limit)
+                except ray.exceptions.RayError as error:
+                    raise InfrastructureError(
+                        f"no engine could be started in place of one that died: {_cause(error)}"
+                    ) from error
+                del self._replacing[place]
+            elif time.monotonic() > since + limit:
+                raise InfrastructureError(
+                    f"no engine came in place of one that died within {limit:g} s"
+                )
+
+    def _start(self, url: str = "") -> _Engine:
+        """An engine, starting; at the address of one that died, if one is given."""
+        config = self._config
+        options: dict[str, Any] = {}
+        port = 0
+        if url:
+            address = urlsplit(url)
+            port = address.port or 0
+            if (node := _node_at(address.hostname or "")) is not None:
+                options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = ray.remote(InferenceEngine).options(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            label_selector=config.node_labels or None,
+            max_concurrency=1000,
+            runtime_env={"env_vars": engine_environment(config)},
+            **options,
+        )
+        policy, names, key, spans = self._arguments
+        folder, version = self._current
+        engine = actor.remote(config, folder, policy, names, version, key, spans, port)
+        return _Engine(engine, engine.start.remote(), engine.gone.remote())
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the engines and vLLM's own processes."""
-        stopping = [engine.stop.remote() for engine in self._engines]
+        stopping = [engine.actor.stop.remote() for engine in self._engines]
         ray.wait(stopping, num_returns=len(stopping), timeout=timeout_s)
         for engine in self._engines:
-            ray.kill(engine)
+            ray.kill(engine.actor)
+
+
+def _node_at(host: str) -> str | None:
+    """The node with this address; None for loopback, which any may mean."""
+    return next(
+        (node["NodeID"] for node in ray.nodes() if host in (node["NodeManagerAddress"],)), None
+    )
 
 
 def engine_environment(config: InferenceConfig) -> dict[str, str]:

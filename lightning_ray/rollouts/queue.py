@@ -90,6 +90,7 @@ class RolloutQueue:
         self._over: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._retired: set[str] = set()
+        self._held = False
 
     async def begin(self) -> None:
         """A session of the run begins: what an earlier one left unfinished is cancelled."""
@@ -115,7 +116,9 @@ class RolloutQueue:
         deadline = asyncio.get_running_loop().time() + wait_s
         self._heard_from(worker)
         while worker not in self._retired:
-            replaced = self._lives.dequeue(self._clock.now(), request, worker)
+            replaced = (
+                None if self._held else self._lives.dequeue(self._clock.now(), request, worker)
+            )
             if replaced is not None:
                 if replaced.number > 1:
                     self._release([f"{replaced.rollout_id}/{replaced.number - 1}"])
@@ -153,6 +156,19 @@ class RolloutQueue:
         self._release(lost)
         self._after_end(lost)
         return lost
+
+    async def hold(self, held: bool) -> None:
+        """While it is held nothing is handed out, and what ran is tried again, as a fault of ours:
+        for a time in which no agent can be answered."""
+        self._held = held
+        if not held:
+            self._wake(len(self._idle))
+            return
+        now = self._clock.now()
+        lost = [a for worker in list(self._lives.held()) for a in self._lives.lose(worker, now)]
+        await self._written()
+        self._release(lost)
+        self._after_end(lost)
 
     async def beat(self, worker: str) -> None:
         """A worker lives."""

@@ -65,6 +65,10 @@ class QueueClient:
         lost: list[str] = ask(lambda: self.actor.lose.remote(worker), timeout_s, "lose a worker")
         return lost
 
+    def hold(self, held: bool, timeout_s: float = 30.0) -> None:
+        """Has nothing handed out, and what runs tried again later; or goes on (`held` false)."""
+        ask(lambda: self.actor.hold.remote(held), timeout_s, "hold")
+
     def counts(self, timeout_s: float = 30.0) -> Counts:
         """How many rollouts stand where."""
         counts: Counts = ask(self.actor.counts.remote, timeout_s, "count rollouts")

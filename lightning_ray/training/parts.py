@@ -73,6 +73,7 @@ class Parts:
         self._progress = progress
         self._stack = ExitStack()
         self.frozen = {}
+        self._held = False
 
     def start(self, model: Path, version: int, learn: bool = True, work: bool = True) -> None:
         """Starts everything; the engines answer with version `version`, whose weights are `model`.
@@ -149,9 +150,24 @@ class Parts:
         return group
 
     def mend(self) -> list[str]:
-        """Replaces what has died and can be replaced at once; says what, a line each."""
-        died = self.workers.mend()
-        return [f"{died} rollout workers died and were replaced"] if died else []
+        """Replaces what has died and can be replaced while the run goes on; says what, a line each.
+
+        Raises InfrastructureError when an engine does not come back.
+        """
+        lines = []
+        if died := self.workers.mend():
+            lines.append(f"{died} rollout workers died and were replaced")
+        groups = {**self.frozen}
+        if not self._config.policy.is_upstream:
+            groups[self._config.policy.name] = self.engines
+        for name, group in groups.items():
+            if died := group.mend():
+                lines.append(f"{died} engines of {name} died and are being replaced")
+        # What nobody can answer waits in the queue, and not in an agent whose time runs.
+        if (silent := any(not group.alive for group in groups.values())) != self._held:
+            self.queue.hold(silent)
+            self._held = silent
+        return lines
 
     def start_learner(self) -> None:
         """Starts the learner alone: for a job that learns from what is there and runs no agent."""
