@@ -165,6 +165,8 @@ def _run(
         state.heldout_before = asdict(before)
         tracked.log_metrics(_metrics(before), 0)
     conductor.train()
+    # Another object where the run went back to a checkpoint.
+    state = conductor.state
     after = conductor.evaluate()
     if after is not None:
         tracked.log_metrics(_metrics(after), state.step)

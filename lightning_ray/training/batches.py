@@ -238,11 +238,11 @@ def oldest_versions(
     """
     groups = {r.attempt_id: r.spec.group_id for r in records if r.status is RolloutStatus.SUCCEEDED}
     calls = spans.filter(
-        pc.equal(spans["kind"], SpanKind.MODEL_CALL.value)
-        & pc.equal(spans["policy"], policy)
-        & pc.is_in(spans["attempt_id"], value_set=pa.array(list(groups), pa.string()))
-        & pc.equal(spans["status"], SpanStatus.OK.value)
-        & pc.is_valid(spans["version"])
+        (pc.field("kind") == SpanKind.MODEL_CALL.value)
+        & (pc.field("policy") == policy)
+        & pc.field("attempt_id").isin(pa.array(list(groups), pa.string()))
+        & (pc.field("status") == SpanStatus.OK.value)
+        & pc.field("version").is_valid()
     )
     oldest: dict[str, int] = {}
     # A call's `version` sampled its first token, so no other of its tokens is older.

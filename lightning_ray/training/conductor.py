@@ -125,23 +125,12 @@ class Conductor:
             self._versions.register(0, self._base, None, 0, "base model")
         flow = self._flow()
         while self.state.step < self._config.training.steps:
-            begun = time.monotonic()
             try:
-                metrics = self._step(flow)
+                self._advance(flow)
             except PartLostError as error:
                 flow.abandon()
                 self._go_back(error)
                 flow = self._flow()
-                continue
-            seconds = time.monotonic() - begun
-            self.state.train_seconds += seconds
-            metrics["seconds"] = seconds
-            self.state.history.append({"step": float(self.state.step), **metrics})
-            self._tracked.log_metrics(metrics, self.state.step)
-            self._progress.step_done(self.state.step, metrics)
-            last = self.state.step == self._config.training.steps
-            if last or self.state.step % self._config.training.checkpoint_every == 0:
-                self._checkpoint()
 
     def evaluate(self) -> HeldoutReport | None:
         """Scores the current version on the held-out tasks; None when there are none."""
@@ -178,6 +167,20 @@ class Conductor:
         say(f"trained model     {model}")
         say(f"summary           {self._folder.summary}")
         say(f"open it in MLflow: {ui}   then http://127.0.0.1:5000/{fragment.lstrip('/')}")
+
+    def _advance(self, flow: Flow) -> None:
+        """One step, told to whoever watches, and its checkpoint where one is due."""
+        begun = time.monotonic()
+        metrics = self._step(flow)
+        seconds = time.monotonic() - begun
+        self.state.train_seconds += seconds
+        metrics["seconds"] = seconds
+        self.state.history.append({"step": float(self.state.step), **metrics})
+        self._tracked.log_metrics(metrics, self.state.step)
+        self._progress.step_done(self.state.step, metrics)
+        last = self.state.step == self._config.training.steps
+        if last or self.state.step % self._config.training.checkpoint_every == 0:
+            self._checkpoint()
 
     def _step(self, flow: Flow) -> dict[str, float]:
         config = self._config
@@ -256,7 +259,8 @@ class Conductor:
 
         Raises InfrastructureError when that happens again and again.
         """
-        self._losses.count(str(lost), self.state.step)
+        why_lost = str(lost).splitlines()[0]
+        self._losses.count(why_lost, self.state.step)
         self._parts.replace_learner()
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is not None:
@@ -267,7 +271,7 @@ class Conductor:
         weights = self._base if version == 0 else self._folder.version(version)
         self._parts.engines.update_weights(str(weights), version)
         where = f"step {self.state.step}" if self.state.step else "the beginning"
-        self._progress.note(f"{lost}; going on from {where}")
+        self._progress.note(f"{why_lost}; going on from {where}")
 
     def _behind(self, version: int) -> int:
         """How many updates of the weights there were since `version`."""

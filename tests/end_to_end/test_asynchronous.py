@@ -20,7 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 STEPS, TASKS, GROUP, STALENESS = 5, 4, 4, 2
-KILLED = {"step 1/": "ray::RolloutWorker", "step 2/": "ray::LearnerWorker"}
+KILLED = {
+    "step 1/": "ray::RolloutWorker",
+    "step 2/": "ray::LearnerWorker",
+    "step 3/": "ray::InferenceEngine",
+}
 """What is killed, at a random moment of the next step, by the line that is then seen."""
 
 
@@ -36,7 +40,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(cli, tmp_path_factory) -> Story:
-    """Trains with tools that keep the agents waiting, and kills a worker and the learner."""
+    """Trains with tools that keep the agents waiting; kills a worker, the learner, the engine."""
     output = tmp_path_factory.mktemp("outputs")
     agent = ROOT / "benchmarks/agents/slow_calculator.py"
     process = cli.start(
@@ -74,6 +78,7 @@ def test_the_run_goes_on_to_its_end(story):
     print(story.output)
     assert Counter(story.killed) == Counter(KILLED.values())
     assert "1 rollout workers died and were replaced" in story.output
+    assert "1 engines of policy died and are being replaced" in story.output
     assert re.search(r"learner actor was lost.*going on from step \d", story.output)
     history = story.summary.extra["history"]
     assert [row["step"] for row in history] == list(range(1, STEPS + 1))
@@ -98,7 +103,7 @@ def test_versions_go_on_and_each_has_its_parent(story):
 def test_no_rollout_ended_twice(story):
     """Each has one attempt that succeeded at most, and its reward once."""
     spans = read_folder(story.folder / "spans")
-    rewards = spans.filter(pc.equal(spans["kind"], "reward") & pc.equal(spans["name"], "reward"))
+    rewards = spans.filter((pc.field("kind") == "reward") & (pc.field("name") == "reward"))
     by_attempt = Counter(rewards["attempt_id"].to_pylist())
     assert set(by_attempt.values()) == {1}
     assert max(Counter(rewards["rollout_id"].to_pylist()).values()) <= 2

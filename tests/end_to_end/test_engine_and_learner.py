@@ -293,9 +293,9 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
     async def both() -> tuple[int, float]:
         async with httpx.AsyncClient(timeout=120) as client:
             url = stack.engines.urls[0] + CHAT
-            call = asyncio.create_task(client.post(url, headers=stack.headers("long"), json=body))
+            call = asyncio.create_task(client.post(url, headers=stack.headers("amid"), json=body))
             async with client.stream(
-                "POST", url, headers=stack.headers("long-left"), json=abandoned
+                "POST", url, headers=stack.headers("amid-left"), json=abandoned
             ) as reply:
                 lines = reply.aiter_lines()
                 for _ in range(20):
@@ -310,9 +310,9 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
     status, seconds = asyncio.run(both())
     print(f"the weights changed in {seconds:.2f} s")
     assert status == 200
-    calls = stack.spans("long")
+    calls = stack.spans("amid")
     deadline = time.monotonic() + 20
-    while not (left := stack.spans("long-left")) and time.monotonic() < deadline:
+    while not (left := stack.spans("amid-left")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left[0]["status"] == "aborted"
     for row in [*calls, *left]:
