@@ -130,7 +130,8 @@ def remove(
     ids = _rollouts_of(archive, removal.paths)
     place = folder / REMOVED
     if not place.is_dir():
-        place.mkdir()
+        # Another shard of this store may make it now, too.
+        place.mkdir(exist_ok=True)
         sync_folder(folder)
     with _alone(place):
         return _remove(folder, removal, now_ns, archive, ids)

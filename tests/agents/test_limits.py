@@ -82,7 +82,8 @@ def test_an_attempt_with_too_many_processes_is_ended(agent, warm):
     assert result.end is AgentEnd.OVER_LIMIT
     assert result.reason.startswith("over agent.max_processes=4: it had ")
     pids = [int(pid) for pid in result.stdout.split()]
-    assert len(pids) >= 4
+    # The agent itself and these, and one that it had no time to print.
+    assert len(pids) >= 3
     assert_gone(pids, within_s=1)
 
 
