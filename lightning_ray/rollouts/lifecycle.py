@@ -121,6 +121,9 @@ class Lifecycle:
         found = self._latest(attempt_id)
         if found is None or not (found[1].status is AttemptStatus.RUNNING or suspended(*found)):
             return False
+        if outcome.status is AttemptStatus.CANCELLED and suspended(*found):
+            # Its worker lives after all, and stopped the agent because it was to be tried again.
+            return False
         self._do("end", now, attempt_id, outcome)
         return True
 

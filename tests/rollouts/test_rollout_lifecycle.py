@@ -145,7 +145,10 @@ class LifecycleAgainstReference(RuleBasedStateMachine):
         fault = fault and status is AttemptStatus.FAILED
         lease = data.draw(st.sampled_from(self.leases))
         rollout, attempt = self.of(lease)
-        counts = attempt.status is AttemptStatus.RUNNING or self.replaceable(rollout, attempt)
+        # That its worker stopped it, because it is to be tried again, is no outcome.
+        counts = attempt.status is AttemptStatus.RUNNING or (
+            self.replaceable(rollout, attempt) and status is not AttemptStatus.CANCELLED
+        )
         before = self.lives.record(lease.rollout_id)
         outcome = AttemptOutcome(status, fault=fault)
         assert self.lives.finish(lease.attempt_id, outcome, self.now) is counts

@@ -22,6 +22,7 @@ from lightning_ray.rollouts.types import (
 )
 
 GOOD = AttemptOutcome(AttemptStatus.SUCCEEDED, {"reward": 1.0})
+STOPPED = AttemptOutcome(AttemptStatus.CANCELLED)
 BAD = AttemptOutcome(AttemptStatus.FAILED, error="exit code 1")
 
 
@@ -286,5 +287,48 @@ def test_a_span_revives_a_silent_attempt_and_takes_its_rollout_out_of_the_queue(
         assert await queue.finish(lease.attempt_id, GOOD)
         (record,) = await queue.wait(["a"], 1)
         assert record.attempts == (("a/1", AttemptStatus.SUCCEEDED),)
+
+    run(main())
+
+
+def test_while_it_is_held_nothing_is_handed_out_and_what_ran_costs_the_agent_nothing() -> None:
+    async def main() -> None:
+        queue = RolloutQueue("run", RolloutsConfig())
+        await queue.enqueue([spec("a", max_attempts=1), spec("b", max_attempts=1)])
+        running = await queue.dequeue(0, "worker")
+        assert running is not None
+        watching = asyncio.create_task(queue.cancelled(running.attempt_id))
+        await asyncio.sleep(0)
+        await queue.hold(True)
+        # Its agent is stopped, which is no outcome of the rollout.
+        await asyncio.wait_for(watching, 1)
+        assert not await queue.finish(running.attempt_id, STOPPED)
+        assert await queue.dequeue(0.1, "worker") is None
+        waiting = asyncio.create_task(queue.dequeue(10, "worker"))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        await queue.hold(False)
+        leases = [await asyncio.wait_for(waiting, 1), await queue.dequeue(0, "worker")]
+        assert {lease.attempt_id for lease in leases if lease} == {"a/2", "b/1"}
+        for lease in leases:
+            assert lease is not None and await queue.finish(lease.attempt_id, GOOD)
+        assert {r.status for r in await queue.wait(["a", "b"], 1)} == {RolloutStatus.SUCCEEDED}
+
+    run(main())
+
+
+def test_a_worker_that_was_seen_to_die_is_lost_at_once_and_gets_nothing_more() -> None:
+    async def main() -> None:
+        queue = RolloutQueue("run", RolloutsConfig(worker_lost_s=600))
+        await queue.enqueue([spec("a", max_attempts=1)])
+        lost = await queue.dequeue(0, "dead")
+        assert lost is not None
+        assert await queue.lose("dead") == ["a/1"]
+        assert await queue.dequeue(0, "dead") is None
+        assert not await queue.finish(lost.attempt_id, STOPPED)
+        lease = await queue.dequeue(0, "another")
+        assert lease is not None and lease.attempt_id == "a/2"
+        assert not await queue.finish(lost.attempt_id, GOOD)
+        assert [w.worker for w in await queue.workers()] == ["another"]
 
     run(main())
