@@ -20,6 +20,9 @@ from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
+UPDATE_TRIES = 3
+"""How often a version is handed over when engines die meanwhile."""
+
 
 @dataclass(frozen=True)
 class _Engine:
@@ -52,6 +55,7 @@ class InferenceGroup:
         self._engines = [self._start() for _ in range(config.num_engines)]
         self._replacing: dict[int, float] = {}
         """Engines that start in place of dead ones, by their place, and since when."""
+        self._untold = 0
         self.urls: list[str] = []
 
     def wait_ready(self) -> list[str]:
@@ -81,23 +85,27 @@ class InferenceGroup:
         """
         # For calls to drain, for the change, and for the engine to go on after one that failed.
         limit = 2 * self._config.update_timeout_s + 60.0
-        if self._replacing:
-            # It starts with the version before, and takes this one on like the others.
-            self._wait_replaced()
         self._current = (folder, version)
-        pending = [
-            engine.actor.update_weights.remote(folder, version, drain) for engine in self._engines
-        ]
-        try:
-            return max(ray.get(pending, timeout=limit))
-        except ray.exceptions.GetTimeoutError as error:
-            raise InfrastructureError(
-                f"an engine did not take on version {version} in {limit:g} s"
-            ) from error
-        except ray.exceptions.RayError as error:
-            raise InfrastructureError(
-                f"an engine did not take on version {version}: {_cause(error)}"
-            ) from error
+        for attempt in range(UPDATE_TRIES):
+            # An engine that died starts with the version that was in use then.
+            self._wait_replaced()
+            pending = [
+                one.actor.update_weights.remote(folder, version, drain) for one in self._engines
+            ]
+            try:
+                return max(ray.get(pending, timeout=limit))
+            except ray.exceptions.GetTimeoutError as error:
+                raise InfrastructureError(
+                    f"an engine did not take on version {version} in {limit:g} s"
+                ) from error
+            except ray.exceptions.RayError as error:
+                # One that died has another in its place; the rest take the version on once.
+                died = isinstance(error, ray.exceptions.RayActorError) and self._replace_dead()
+                if not died or attempt + 1 == UPDATE_TRIES:
+                    raise InfrastructureError(
+                        f"an engine did not take on version {version}: {_cause(error)}"
+                    ) from error
+        raise AssertionError("unreachable")
 
     def states(self, timeout_s: float = 10.0) -> list[EngineState]:
         """What every engine says of itself."""
@@ -118,11 +126,18 @@ class InferenceGroup:
         return digests
 
     def mend(self) -> int:
-        """Starts another engine at the place of each that has died; returns how many died.
+        """Starts another engine at the place of each that has died; returns how many died since it
+        was last asked.
 
         Does not wait for them: `down` says how many are not there yet. Raises InfrastructureError
         when one does not come within `inference.start_timeout_s`.
         """
+        self._replace_dead()
+        self._look_at_replaced(0.0)
+        died, self._untold = self._untold, 0
+        return died
+
+    def _replace_dead(self) -> int:
         gone, _ = ray.wait(
             [engine.gone for engine in self._engines], num_returns=len(self._engines), timeout=0
         )
@@ -133,7 +148,7 @@ class InferenceGroup:
             ray.kill(self._engines[place].actor)
             self._engines[place] = self._start(self.urls[place])
             self._replacing[place] = time.monotonic()
-        self._look_at_replaced(0.0)
+        self._untold += len(dead)
         return len(dead)
 
     @property

@@ -360,6 +360,8 @@ class Conductor:
         number, path = self._versions.publish(
             self._parts.learner, self.state.version, step, self._config.algorithm.name
         )
+        # What died since the rollouts were waited for is replaced first, and its agents spared.
+        self._mend()
         self._parts.engines.update_weights(str(path), number)
         self.state.version = number
         self.state.published.append(number)
