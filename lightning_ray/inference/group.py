@@ -100,7 +100,7 @@ class InferenceGroup:
                 ) from error
             except ray.exceptions.RayError as error:
                 # One that died has another in its place; the rest take the version on once.
-                died = isinstance(error, ray.exceptions.RayActorError) and self._replace_dead()
+                died = isinstance(error, ray.exceptions.RayActorError) and self._replace_dead(5.0)
                 if not died or attempt + 1 == UPDATE_TRIES:
                     raise InfrastructureError(
                         f"an engine did not take on version {version}: {_cause(error)}"
@@ -137,9 +137,12 @@ class InferenceGroup:
         died, self._untold = self._untold, 0
         return died
 
-    def _replace_dead(self) -> int:
+    def _replace_dead(self, timeout_s: float = 0.0) -> int:
+        """Replaces those whose death is known within `timeout_s` seconds; returns how many."""
         gone, _ = ray.wait(
-            [engine.gone for engine in self._engines], num_returns=len(self._engines), timeout=0
+            [engine.gone for engine in self._engines],
+            num_returns=len(self._engines),
+            timeout=timeout_s,
         )
         dead = [place for place, engine in enumerate(self._engines) if engine.gone in gone]
         for place in dead:
