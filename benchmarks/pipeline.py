@@ -10,11 +10,9 @@ conductor's own admission runs in simulated time on the timings that were measur
 workers as no single machine has. Timings never make it fail.
 """
 
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import pyarrow.compute as pc  # noqa: E402
 
 from benchmarks import report  # noqa: E402
 from benchmarks.bench import Bench, Benchmark  # noqa: E402
+from benchmarks.our_run import train  # noqa: E402
 from benchmarks.peer_environment import ROOT  # noqa: E402
 from benchmarks.pipeline_simulation import Timings, simulate  # noqa: E402
 from benchmarks.report import Claim  # noqa: E402
@@ -41,7 +40,6 @@ TASKS, SAMPLES = 4, 8
 SLOTS = TASKS * SAMPLES * (STALENESS + 1)
 """Agents at a time: enough for all that may be in hand, for both."""
 MEDIAN_S, SIGMA = 6.0, 1.0
-RUN_WITHIN_S = 3600.0
 WORKERS = (8, 32, 128, 512, 2048, 4096)
 PICTURE = ROOT / "docs" / "images" / "pipeline.png"
 
@@ -57,10 +55,8 @@ Measured = dict[str, Any]
 def run(folder: Path, staleness: int, seed: int) -> Measured:
     """One training run; what it took and came to."""
     agent = ROOT / "benchmarks" / "agents" / "slow_calculator.py"
-    command = [
-        str(Path(sys.executable).with_name("lightning-ray")),
-        "train",
-        "experiment=calculator",
+    run_folder, summary = train(
+        folder,
         f'agent.command=[python,{agent},"{{question}}","{MEDIAN_S}","{SIGMA}"]',
         "agent.timeout_s=600",
         f"training.staleness={staleness}",
@@ -70,17 +66,7 @@ def run(folder: Path, staleness: int, seed: int) -> Measured:
         f"training.seed={seed}",
         f"training.checkpoint_every={STEPS}",
         f"rollouts.slots_per_worker={SLOTS}",
-        f"output_dir={folder}",
-    ]
-    with (folder / "train.log").open("w") as log:
-        done = subprocess.run(
-            command, stdout=log, stderr=log, cwd=ROOT, timeout=RUN_WITHIN_S, check=False
-        )
-    if done.returncode:
-        tail = "\n".join((folder / "train.log").read_text().splitlines()[-15:])
-        raise RuntimeError(f"the run failed:\n{tail}")
-    (path,) = folder.glob("*/summary.json")
-    summary = json.loads(path.read_text())
+    )
     history = summary["history"]
     seconds = sum(row["seconds"] for row in history)
     return {
@@ -94,7 +80,7 @@ def run(folder: Path, staleness: int, seed: int) -> Measured:
         "rewards": [row["reward"] for row in history],
         "heldout_before": summary["heldout_before"],
         "heldout": summary["heldout_after"],
-        **_of_spans(path.parent / "spans", seconds),
+        **_of_spans(run_folder / "spans", seconds),
     }
 
 

@@ -1,6 +1,6 @@
 """The conductor's own admission in a clock that is not the machine's: how asynchrony scales.
 
-Everything that decides is the real thing (`training.flow.Hand`); workers, engine and learner are
+Everything that decides is the real thing (`training.hand.Hand`); workers, engine and learner are
 times. A rollout takes a worker, then `engine_s` of the processor, then waits for its tool, and
 ends. The learner takes `learn_s` of the same processor, shared equally with whatever is sampled
 then, when `shared`, as on a machine without a GPU; else it has one of its own.
@@ -19,7 +19,7 @@ from lightning_ray.rollouts import (
     RolloutSpec,
     RolloutStatus,
 )
-from lightning_ray.training.flow import FlowGroup, Hand
+from lightning_ray.training.hand import FlowGroup, Hand
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ the same order, samples, longest answer, type and settings of the algorithm; bot
 untrained model in every round. Timings never make it fail.
 """
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ quiet_environment()
 
 from benchmarks import report  # noqa: E402
 from benchmarks.bench import Bench, Benchmark  # noqa: E402
+from benchmarks.our_run import RUN_WITHIN_S, train  # noqa: E402
 from benchmarks.peer import Helper, Peer  # noqa: E402
 from benchmarks.peer_environment import ROOT, peer_python  # noqa: E402
 from benchmarks.report import Claim  # noqa: E402
@@ -37,7 +36,6 @@ THREADS = 2
 STEPS = int(os.environ.get("BENCH_STEPS", "12"))
 ROWS_AT_A_TIME = 16
 """Of the peer: a quarter of its batch, whose logits fit in memory beside the model."""
-RUN_WITHIN_S = 3600.0
 
 STEP = Claim("step", "s a step; ratio: the peer's over ours", 5)
 REWARD = Claim("step_reward", "mean reward of the last quarter of the steps", 1)
@@ -48,23 +46,11 @@ Measured = dict[str, Any]
 
 def ours(folder: Path, seed: int) -> Measured:
     """One run of the command that `make train` runs, with as many steps."""
-    command = [
-        str(Path(sys.executable).with_name("lightning-ray")),
-        "train",
-        "experiment=calculator",
+    _, summary = train(
+        folder,
         f"training.steps={STEPS}",
         f"training.seed={seed}",
-        f"output_dir={folder}",
-    ]
-    with (folder / "train.log").open("w") as log:
-        done = subprocess.run(
-            command, stdout=log, stderr=log, cwd=ROOT, timeout=RUN_WITHIN_S, check=False
-        )
-    if done.returncode:
-        tail = "\n".join((folder / "train.log").read_text().splitlines()[-15:])
-        raise RuntimeError(f"our run failed:\n{tail}")
-    (path,) = folder.glob("*/summary.json")
-    summary = json.loads(path.read_text())
+    )
     history = summary["history"]
     return {
         "seconds": [row["seconds"] for row in history],

@@ -51,37 +51,20 @@ class Engines:
         """
         deadline = time.monotonic() + wait_s
         while True:
-            try:
-                return await self._ask_each(
-                    session, method, answerer, rollout_id, path, headers, **options
-                )
-            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-                if time.monotonic() >= deadline:
-                    raise
+            failed: aiohttp.ClientError | None = None
+            for url in self.order(answerer, rollout_id):
+                # Twice: the first connection may be an old one, which the engine closed meanwhile.
+                for _ in range(2):
+                    try:
+                        return await session.request(method, url + path, headers=headers, **options)
+                    except aiohttp.ClientConnectorError as error:
+                        failed = error
+                        break
+                    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                        failed = error
+                self._down[url] = time.monotonic() + DOWN_S
+                log.warning("the engine at %s does not answer: %s", url, failed)
+            assert failed is not None
+            if time.monotonic() >= deadline:
+                raise failed
             await asyncio.sleep(ASK_AGAIN_S)
-
-    async def _ask_each(
-        self,
-        session: aiohttp.ClientSession,
-        method: str,
-        answerer: Answerer,
-        rollout_id: str,
-        path: str,
-        headers: Mapping[str, str],
-        **options: Any,
-    ) -> aiohttp.ClientResponse:
-        failed: aiohttp.ClientError | None = None
-        for url in self.order(answerer, rollout_id):
-            # Twice: the first connection may be an old one, which the engine closed meanwhile.
-            for _ in range(2):
-                try:
-                    return await session.request(method, url + path, headers=headers, **options)
-                except aiohttp.ClientConnectorError as error:
-                    failed = error
-                    break
-                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-                    failed = error
-            self._down[url] = time.monotonic() + DOWN_S
-            log.warning("the engine at %s does not answer: %s", url, failed)
-        assert failed is not None
-        raise failed

@@ -86,8 +86,8 @@ class InferenceGroup:
         # For calls to drain, for the change, and for the engine to go on after one that failed.
         limit = 2 * self._config.update_timeout_s + 60.0
         self._current = (folder, version)
-        for attempt in range(UPDATE_TRIES):
-            # An engine that died starts with the version that was in use then.
+        tries = UPDATE_TRIES
+        while True:
             self._wait_replaced()
             pending = [
                 one.actor.update_weights.remote(folder, version, drain) for one in self._engines
@@ -99,13 +99,14 @@ class InferenceGroup:
                     f"an engine did not take on version {version} in {limit:g} s"
                 ) from error
             except ray.exceptions.RayError as error:
-                # One that died has another in its place; the rest take the version on once.
+                # One that died has another in its place, which starts with this version; engines
+                # that took it on already are not disturbed.
+                tries -= 1
                 died = isinstance(error, ray.exceptions.RayActorError) and self._replace_dead(5.0)
-                if not died or attempt + 1 == UPDATE_TRIES:
+                if not died or not tries:
                     raise InfrastructureError(
                         f"an engine did not take on version {version}: {_cause(error)}"
                     ) from error
-        raise AssertionError("unreachable")
 
     def states(self, timeout_s: float = 10.0) -> list[EngineState]:
         """What every engine says of itself."""
@@ -129,8 +130,8 @@ class InferenceGroup:
         """Starts another engine at the place of each that has died; returns how many died since it
         was last asked.
 
-        Does not wait for them: `down` says how many are not there yet. Raises InfrastructureError
-        when one does not come within `inference.start_timeout_s`.
+        Does not wait for them. Raises InfrastructureError when one does not come within
+        `inference.start_timeout_s`.
         """
         self._replace_dead()
         self._look_at_replaced(0.0)
@@ -153,11 +154,6 @@ class InferenceGroup:
             self._replacing[place] = time.monotonic()
         self._untold += len(dead)
         return len(dead)
-
-    @property
-    def down(self) -> int:
-        """Engines that died and are not there again yet."""
-        return len(self._replacing)
 
     @property
     def alive(self) -> int:
@@ -219,9 +215,8 @@ class InferenceGroup:
 
 def _node_at(host: str) -> str | None:
     """The node with this address; None for loopback, which any may mean."""
-    return next(
-        (node["NodeID"] for node in ray.nodes() if host in (node["NodeManagerAddress"],)), None
-    )
+    nodes = ray.nodes()
+    return next((node["NodeID"] for node in nodes if node["NodeManagerAddress"] == host), None)
 
 
 def engine_environment(config: InferenceConfig) -> dict[str, str]:

@@ -32,11 +32,11 @@ from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.flow import Flow
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.hygiene_log import HygieneLog, totals
-from lightning_ray.training.losses import Losses
 from lightning_ray.training.names import MEASURING, REHEARSAL
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
+from lightning_ray.training.restarts import Restarts
 from lightning_ray.training.rolling import (
     came_to_reward,
     note_failures,
@@ -84,10 +84,10 @@ class Conductor:
         ship_by_value(self._algorithm)
         self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
-        self._losses = Losses(config.training.max_losses)
+        self._restarts = Restarts(config.training.max_restarts)
         self.scored: list[Side] = []
         """What `evaluate` saw since this process began, oldest first."""
-        # Rollouts of a step that is done again after a resume must not be taken for the first ones.
+        # Rollouts of an evaluation that is done again must not be taken for the first ones.
         self._session = secrets.token_hex(3)
 
     @staticmethod
@@ -252,7 +252,7 @@ class Conductor:
         """Replaces parts that have died, such as rollout workers, and goes on."""
         for line in self._parts.mend():
             self._progress.note(line)
-            self._losses.count(line, self.state.step)
+            self._restarts.count(line, self.state.step)
 
     def _go_back(self, lost: PartLostError) -> None:
         """Starts the learner anew and goes on from the last checkpoint, or from the beginning.
@@ -260,7 +260,7 @@ class Conductor:
         Raises InfrastructureError when that happens again and again.
         """
         why_lost = str(lost).splitlines()[0]
-        self._losses.count(why_lost, self.state.step)
+        self._restarts.count(why_lost, self.state.step)
         self._parts.replace_learner()
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is not None:

@@ -48,7 +48,7 @@ class TrainingConfig:
     """Longest that the learner may take for one step, seconds."""
     max_sequence_tokens: int = 0
     """Longest sequence that is learnt from, tokens; longer ones lose their last calls. 0: any."""
-    max_losses: int = 5
+    max_restarts: int = 5
     """Times that parts may die and be replaced within one step; after more the run stops."""
     min_usable: float = 0.5
     """Share of a step's rollouts that must come to a reward; below it the run stops."""
@@ -102,7 +102,7 @@ def check_rooms(config: TrainConfig) -> None:
     for name, seed in (("seed", config.seed), ("training.seed", training.seed)):
         if seed < 0:
             raise UserError(f"{name}={seed}: must be 0 or above")
-    for name in ("staleness", "max_losses"):
+    for name in ("staleness", "max_restarts"):
         if getattr(training, name) < 0:
             raise UserError(f"training.{name}={getattr(training, name)}: must be 0 or above")
     if training.step_timeout_s <= 0:

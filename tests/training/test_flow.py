@@ -22,7 +22,8 @@ from lightning_ray.rollouts import (
 from lightning_ray.tracking import Progress
 from lightning_ray.training import TrainConfig
 from lightning_ray.training.dynamic import has_contrast
-from lightning_ray.training.flow import Flow, FlowGroup, Hand
+from lightning_ray.training.flow import Flow
+from lightning_ray.training.hand import FlowGroup, Hand
 from lightning_ray.training.order import TaskOrder
 
 

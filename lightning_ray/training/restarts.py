@@ -3,7 +3,7 @@
 from lightning_ray.errors import InfrastructureError
 
 
-class Losses:
+class Restarts:
     """Counts the parts that died since a run last came further than it ever was."""
 
     def __init__(self, most: int):
@@ -23,5 +23,5 @@ class Losses:
         if self._count > self._most:
             raise InfrastructureError(
                 f"parts died {self._count} times in step {self._reached + 1} "
-                f"(training.max_losses={self._most}); the last: {what}"
+                f"(training.max_restarts={self._most}); the last: {what}"
             )
