@@ -69,7 +69,7 @@ class Doctor:
             )
             if not self._own_cluster:
                 self._stack.callback(self._parts.stop)
-            self._parts.start(self._base, 0, learn=False, work=False)
+            self._parts.start(learn=False, work=False)
             self._tap = self._stack.enter_context(
                 Tap(
                     self._parts.url,

@@ -2,6 +2,7 @@
 
     lightning-ray evaluate run=RUN                      # its last version on its held-out tasks
     lightning-ray evaluate run=RUN version=24 against=0 gate.max_regression=0.02
+    lightning-ray evaluate run=RUN of=solver version=8  # of several that it trained, this one's
     lightning-ray evaluate experiment=calculator policy.model=FOLDER against=FOLDER
     lightning-ray evaluate spans=RUN where="version = 24"   # no agent runs
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from lightning_ray.errors import UserError
 
-WORDS = ("run", "version", "against", "spans", "where", "against_where")
+WORDS = ("run", "of", "version", "against", "spans", "where", "against_where")
 _OF_SPANS = ("where", "against_where")
 
 
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs an evaluation. Raises UserError for what the user can mend, SystemExit(3) for gates."""
     words, overrides = split_words(arguments)
     if "spans" in words:
-        for word in ("run", "version"):
+        for word in ("run", "of", "version"):
             if word in words:
                 raise UserError(f"{word}=... runs the agent, spans=... does not: leave out one")
         # Imported late: measuring spans needs neither Ray nor torch.

@@ -16,6 +16,7 @@ from lightning_ray.policies.models import resolve_model
 from lightning_ray.policies.registry import Weights
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import RunFolder, TrainConfig, TrainingConfig, check_train
+from lightning_ray.training.config import trained_policies
 
 # What must be equal for engines to take on other weights without a restart.
 _SHAPE = (
@@ -45,6 +46,8 @@ class Version:
     label: str
     number: int
     path: Path
+    others: Mapping[str, tuple[Path, int]] = field(default_factory=dict)
+    """What the other policies answer with that the run trained too: folder and number, by name."""
 
 
 def versions_of_run(
@@ -55,28 +58,49 @@ def versions_of_run(
     folder = RunFolder.find(Path(roots[-1] if roots else "outputs"), words["run"], "run")
     typed = [override for override in folder.overrides() if _is_shared(override)]
     config = compose_config("train", EvaluateConfig, [*typed, *overrides])
-    # Settles which policy is the trained one.
+    # Settles which policies are trained.
     check_train(config)
+    _choose(config, words.get("of"))
     # Beside the run, wherever the command is typed.
     config.output_dir = str(folder.path.parent)
     mlflow_run = folder.facts().get("mlflow_run_id")
     uri = config.tracking.uri or default_uri(folder.path.parent)
-    registered: list[PolicyVersion] = []
+    made: dict[str, list[PolicyVersion]] = {}
     if mlflow_run is not None:
-        registered = PolicyRegistry(uri, config.policy.name, mlflow_run).versions()
+        names = [policy.name for policy in trained_policies(config)]
+        made = {name: PolicyRegistry(uri, name, mlflow_run).versions() for name in names}
+    registered = made.pop(config.policy.name, [])
     if not registered:
         raise UserError(f"run={words['run']}: it has no version; it stopped before its first step")
     usable = [version for version in registered if _usable(version)]
     newest = str(usable[-1].number) if usable else str(registered[-1].number)
-    subject = _version_of(folder, registered, "version", words.get("version", newest))
+    others = {name: newest_of(name, versions) for name, versions in made.items()}
+    subject = _version_of(folder, registered, "version", words.get("version", newest), others)
     against = None
     if "against" in words:
-        against = _version_of(folder, registered, "against", words["against"])
+        against = _version_of(folder, registered, "against", words["against"], others)
         if against.number == subject.number:
             raise UserError(
                 f"against={against.number}: version {against.number} against itself; name another"
             )
     return config, subject, against
+
+
+def _choose(config: EvaluateConfig, policy: str | None) -> None:
+    """Makes `policy` the one that is asked about, of those that the run trained."""
+    trained = {one.name: one for one in trained_policies(config)}
+    if policy is not None and policy not in trained:
+        raise UserError(f"of={policy}: the run trained {', '.join(trained)}")
+    if policy is not None:
+        config.policy = trained[policy]
+
+
+def newest_of(policy: str, versions: Sequence[PolicyVersion]) -> tuple[Path, int]:
+    """The newest version of a policy whose weights are there: folder and number."""
+    usable = [version for version in versions if _usable(version)]
+    if not usable:
+        raise UserError(f"none of the versions of {policy} has weights any more; train it again")
+    return resolve_model(str(usable[-1].path)), usable[-1].number
 
 
 def _is_shared(override: str) -> bool:
@@ -87,7 +111,11 @@ def _is_shared(override: str) -> bool:
 
 
 def _version_of(
-    folder: RunFolder, registered: Sequence[PolicyVersion], key: str, word: str
+    folder: RunFolder,
+    registered: Sequence[PolicyVersion],
+    key: str,
+    word: str,
+    others: Mapping[str, tuple[Path, int]],
 ) -> Version:
     usable = ", ".join(str(version.number) for version in registered if _usable(version))
     found = [version for version in registered if str(version.number) == word]
@@ -107,7 +135,9 @@ def _version_of(
         )
         raise UserError(f"{key}={word}: {why}; versions with weights: {usable or 'none'}")
     path = resolve_model(str(version.path))
-    return Version(f"{folder.run_id} version {version.number}", version.number, path)
+    of = f" {version.policy}" if others else ""
+    label = f"{folder.run_id}{of} version {version.number}"
+    return Version(label, version.number, path, others)
 
 
 def _usable(version: PolicyVersion) -> bool:
@@ -118,8 +148,9 @@ def versions_of_models(
     words: Mapping[str, str], overrides: Sequence[str]
 ) -> tuple[EvaluateConfig, Version, Version | None]:
     """An experiment's model, and another one to compare it with."""
-    if "version" in words:
-        raise UserError(f"version={words['version']}: of which run? add run=RUN")
+    for word in ("version", "of"):
+        if word in words:
+            raise UserError(f"{word}={words[word]}: of which run? add run=RUN")
     config = compose_config("train", EvaluateConfig, overrides)
     check_train(config)
     model = config.policy.model

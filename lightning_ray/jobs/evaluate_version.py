@@ -89,7 +89,8 @@ def _run(
         tracked.log_config(resolved(config) | {"about": dict(about)})
         parts = Parts(config, folder, subject.path, progress)
         with session(config, parts, tracked, progress, "the same command again", learn=False):
-            parts.start(subject.path, subject.number, learn=False)
+            asked = {config.policy.name: (subject.path, subject.number)}
+            parts.start({**subject.others, **asked}, learn=False)
             sides = []
             for place, version in enumerate(versions):
                 if place:
@@ -148,6 +149,7 @@ def _about(
         "run": Path(words["run"]).name if "run" in words else None,
         "policy": config.policy.name,
         "version": subject.number if "run" in words else None,
+        "others": {name: number for name, (_, number) in subject.others.items()} or None,
         "model": str(subject.path),
         "against_version": against.number if against and "run" in words else None,
         "against_model": str(against.path) if against else None,

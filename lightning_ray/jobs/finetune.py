@@ -23,6 +23,7 @@ from lightning_ray.policies.models import resolve_model
 from lightning_ray.tracking import Progress, TrackedRun, ui_command
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Conductor, Parts, RunFolder, RunState
+from lightning_ray.training.checkpoints import Checkpoints
 from lightning_ray.training.finetuning import FinetuneConfig, check_finetune
 from lightning_ray.training.selection import Samples, choose_samples
 from lightning_ray.training.tuned import leave_results, say_results, score_heldout
@@ -62,7 +63,7 @@ def _finetune(
     facts = folder.facts()
     root = folder.path.parent
     checkpoint = folder.last_checkpoint()
-    state = RunState() if checkpoint is None else Conductor.peek(checkpoint)
+    state = RunState() if checkpoint is None else Checkpoints.peek(checkpoint)
     progress = Progress(
         config.finetuning.epochs * sample_order(config, samples).steps_per_epoch,
         title=folder.run_id,
@@ -87,7 +88,9 @@ def _finetune(
         )
         tracked.log_config(resolved(config))
         uri = config.tracking.uri or default_uri(root)
-        registry = PolicyRegistry(uri, config.policy.name, tracked.run_id)
+        policy = config.policy.name
+        checkpoints = Checkpoints(folder, config.training.keep_checkpoints)
+        registry = PolicyRegistry(uri, policy, tracked.run_id)
         versions = Versions(config.policy, folder, registry)
         parts = Parts(config, folder, base, progress)
         tuner = Tuner(config, folder, versions, tracked, progress, samples, base)
@@ -96,23 +99,21 @@ def _finetune(
         ):
             scorer = None
             if heldout:
-                model = base if state.version == 0 else folder.version(state.version)
-                parts.start(model, state.version)
-                scorer = Conductor(
-                    config, folder, parts, tracked, registry, progress, [], heldout, base
-                )
+                version = state.of(policy).version
+                parts.start({policy: (folder.version(policy, version), version)} if version else {})
+                scorer = Conductor(config, folder, parts, tracked, uri, progress, [], heldout)
                 scorer.state = state
             else:
                 parts.start_learner()
             if checkpoint is not None:
-                parts.learner.load_checkpoint(checkpoint, config.training.step_timeout_s)
+                checkpoints.load(checkpoint, parts.learners)
             if scorer is not None and state.step == 0:
                 state.heldout_before = score_heldout(scorer, folder, tracked, state)
             take_on = None if scorer is None else parts.engines.update_weights
-            tuner.train(parts.learner, state, take_on)
+            tuner.train(parts.learners[policy], state, take_on)
             after = None if scorer is None else score_heldout(scorer, folder, tracked, state)
-            leave_results(folder, tracked, samples, state, after)
-            say_results(progress, folder, state, after, ui_command(uri), tracked)
+            leave_results(folder, tracked, samples, state, policy, after)
+            say_results(progress, folder, state, policy, after, ui_command(uri), tracked)
 
 
 def _configure(

@@ -100,7 +100,7 @@ def _run(
         tracked.log_config(resolved(config))
         parts = Parts(config, folder, base, progress)
         with session(config, parts, tracked, progress, learn=False):
-            parts.start(base, 0, learn=False)
+            parts.start(learn=False)
             tuner = PromptTuner(config, folder, parts, tracked, progress, tasks, heldout)
             tuner.rehearse()
             own = Candidate(tuner.seed)

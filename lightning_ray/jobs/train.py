@@ -27,7 +27,6 @@ from lightning_ray.jobs.compose import compose_config, resolved
 from lightning_ray.jobs.session import session
 from lightning_ray.jobs.sweep import is_multirun, sweep
 from lightning_ray.learner import check_model_dir
-from lightning_ray.policies import PolicyRegistry
 from lightning_ray.policies.models import resolve_model
 from lightning_ray.rollouts import check_task_policies
 from lightning_ray.tracking import (
@@ -40,6 +39,7 @@ from lightning_ray.tracking import (
 )
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
+from lightning_ray.training.checkpoints import Checkpoints
 from lightning_ray.training.hygiene_log import totals
 from lightning_ray.trajectories import HygienePolicy, task_key
 
@@ -111,7 +111,7 @@ def _train(
         config.training.steps,
         title=folder.run_id,
         mode=config.tracking.panel,
-        first_step=0 if checkpoint is None else Conductor.peek(checkpoint).step,
+        first_step=0 if checkpoint is None else Checkpoints.peek(checkpoint).step,
     )
     with progress:
         progress.note(f"run {folder.run_id} in {folder.path}")
@@ -125,26 +125,21 @@ def _train(
         folder.write_facts({**facts, "mlflow_run_id": tracked.run_id, "base_model": str(base)})
         tracked.log_config(resolved(config))
         uri = config.tracking.uri or default_uri(root)
-        registry = PolicyRegistry(uri, config.policy.name, tracked.run_id)
         parts = Parts(config, folder, base, progress)
         again = f"lightning-ray train resume={folder.run_id}"
         with session(config, parts, tracked, progress, again):
-            conductor = Conductor(
-                config, folder, parts, tracked, registry, progress, tasks, heldout, base
-            )
-            _start(parts, conductor, folder, base, checkpoint)
-            _run(conductor, config, folder, tracked, base, uri)
+            conductor = Conductor(config, folder, parts, tracked, uri, progress, tasks, heldout)
+            _start(parts, conductor, folder, checkpoint)
+            _run(conductor, config, folder, parts, tracked, uri)
 
 
-def _start(
-    parts: Parts, conductor: Conductor, folder: RunFolder, base: Path, checkpoint: Path | None
-) -> None:
-    """Starts the parts at the base model, or where the checkpoint left off."""
+def _start(parts: Parts, conductor: Conductor, folder: RunFolder, checkpoint: Path | None) -> None:
+    """Starts the parts at the base models, or where the checkpoint left off."""
     if checkpoint is None:
-        parts.start(base, 0)
+        parts.start()
         return
-    version = conductor.peek(checkpoint).version
-    parts.start(base if version == 0 else folder.version(version), version)
+    numbers = {n: state.version for n, state in Checkpoints.peek(checkpoint).policies.items()}
+    parts.start({n: (folder.version(n, number), number) for n, number in numbers.items() if number})
     conductor.restore(checkpoint)
 
 
@@ -152,8 +147,8 @@ def _run(
     conductor: Conductor,
     config: TrainConfig,
     folder: RunFolder,
+    parts: Parts,
     tracked: TrackedRun,
-    base: Path,
     uri: str,
 ) -> None:
     """Score, train, score again, and leave the results."""
@@ -172,7 +167,10 @@ def _run(
         tracked.log_metrics(_metrics(after), state.step)
         write_report(folder.path / "heldout.json", after)
         tracked.log_artifact(folder.path / "heldout.json")
-    model = base if state.version == 0 else folder.version(state.version)
+    models = {
+        name: folder.version(name, number) if number else parts.base(name)
+        for name, number in conductor.versions.items()
+    }
     before_mean = _mean(state.heldout_before)
     after_mean = None if after is None else after.measures["reward"].mean
     _leave_pictures(conductor, folder, tracked, before_mean, after_mean)
@@ -185,10 +183,13 @@ def _run(
             train_seconds=state.train_seconds,
             tokens_generated=state.tokens_generated,
             mlflow_run_id=tracked.run_id,
-            model_dir=str(model),
+            model_dir=str(models[config.policy.name]),
             extra={
                 "run_id": folder.run_id,
-                "version": state.version,
+                "version": conductor.versions[config.policy.name],
+                # Of every policy that learns.
+                "versions": conductor.versions,
+                "models": {name: str(model) for name, model in models.items()},
                 "heldout_before_report": state.heldout_before,
                 "heldout_after_report": None if after is None else asdict(after),
                 "rollouts_left_out": state.left_out,
@@ -205,7 +206,7 @@ def _run(
         _leave_measures(conductor, config, folder, tracked)
     if folder.hygiene.is_file():
         tracked.log_artifact(folder.hygiene)
-    conductor.say_results(before_mean, after_mean, model, ui_command(uri), tracked.url_fragment)
+    conductor.say_results(before_mean, after_mean, models, ui_command(uri), tracked.url_fragment)
 
 
 def _leave_measures(
@@ -215,7 +216,7 @@ def _leave_measures(
     subject = conductor.scored[-1]
     against = conductor.scored[0] if len(conductor.scored) > 1 else None
     evaluation = evaluate(subject, against, config.evaluation, GateConfig())
-    about = {"run": folder.run_id, "version": conductor.state.version}
+    about = {"run": folder.run_id, "versions": conductor.versions}
     for path in write_evaluation(
         folder.path, evaluation, subject, against, config.evaluation, about
     ):
@@ -236,8 +237,9 @@ def _leave_pictures(
         history.append({"step": conductor.state.step, "heldout": after})
     plot_learning_curve(history, folder.curve, title=folder.run_id)
     tracked.log_artifact(folder.curve)
-    if folder.trajectories.is_file():
-        tracked.log_artifact(folder.trajectories)
+    for page in map(folder.trajectories, conductor.trained):
+        if page.is_file():
+            tracked.log_artifact(page)
 
 
 def _configure(arguments: Sequence[str]) -> tuple[TrainConfig, RunFolder | None, list[str]]:

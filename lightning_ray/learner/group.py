@@ -44,6 +44,8 @@ class LearnerGroup:
         check_learner(config)
         folder = check_model_dir(model_dir)
         self.config = config
+        self.lost = False
+        """Whether an actor has died: then the group can do no more."""
         actor = ray.remote(LearnerWorker)
         self._workers = [
             actor.options(
@@ -158,6 +160,7 @@ class LearnerGroup:
         except ray.exceptions.GetTimeoutError as error:
             raise InfrastructureError(f"waited {timeout_s:.0f} s for {what}") from error
         except ray.exceptions.RayActorError as error:
+            self.lost = True
             raise PartLostError(f"a learner actor was lost during {what}: {error}") from error
         except ray.exceptions.RayTaskError as error:
             # Ray wraps what an actor raised; what is meant for the user must stay so.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lightning_ray.errors import UserError
 
@@ -36,6 +37,12 @@ class PolicyConfig:
     """Whether it learns; a frozen one stays bit for bit as it is."""
     upstream: UpstreamConfig = field(default_factory=UpstreamConfig)
     """Where upstream.base_url is set, that API answers in place of an engine of ours."""
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    """Settings of `algorithm` that are its own when it learns, in place of the run's."""
+    credit: dict[str, Any] = field(default_factory=dict)
+    """Settings of `credit` that are its own."""
+    learner: dict[str, Any] = field(default_factory=dict)
+    """Settings of `learner` that are its own."""
 
     @property
     def is_upstream(self) -> bool:
@@ -45,8 +52,8 @@ class PolicyConfig:
 
 def settle_policies(
     single: PolicyConfig, several: Mapping[str, PolicyConfig]
-) -> tuple[PolicyConfig, dict[str, PolicyConfig]]:
-    """The policy that is trained, and the frozen ones by name.
+) -> dict[str, PolicyConfig]:
+    """Every policy by name, in the order of the configuration; one at least is to be trained.
 
     Without `several` the run has one policy, `single`. Raises UserError for what cannot be trained
     and for values that no policy can have.
@@ -58,14 +65,10 @@ def settle_policies(
                 f"{where} is answered by {policy.upstream.base_url}, whose weights cannot be "
                 f"trained; set {where}.train=false, or take its upstream away"
             )
-    trained = [policy for policy in named.values() if policy.train]
-    if len(trained) != 1:
-        names = ", ".join(policy.name for policy in trained) or "none"
-        raise UserError(
-            f"one policy of {_names(named)} is to be trained, and {names} would be; "
-            "set policies.NAME.train=true for one and false for the others"
-        )
-    return trained[0], {policy.name: policy for policy in named.values() if not policy.train}
+    if not any(policy.train for policy in named.values()):
+        key = "policies.NAME.train=true for one or more" if several else "policy.train=true"
+        raise UserError(f"no policy of {_names(named)} is to be trained; set {key}")
+    return {policy.name: policy for policy in named.values()}
 
 
 def choose_policy(

@@ -21,7 +21,7 @@ class BatchMaker:
         """What `make_batch` returns, as two objects: the sequences, and what is known of them."""
         return make_batch(*arguments)
 
-    def oldest(self, *arguments: Any) -> dict[str, int]:
+    def oldest(self, *arguments: Any) -> dict[str, dict[str, int]]:
         """What `oldest_versions` returns."""
         return oldest_versions(*arguments)
 

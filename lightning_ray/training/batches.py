@@ -230,27 +230,26 @@ def _facts(record: RolloutRecord, errors: Mapping[str, str]) -> list[AttemptFact
 
 
 def oldest_versions(
-    records: Sequence[RolloutRecord], spans: pa.Table, policy: str
-) -> dict[str, int]:
-    """The oldest version of `policy` that sampled a token of each group, by group.
+    records: Sequence[RolloutRecord], spans: pa.Table, policies: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """The oldest version that sampled a token of each group, by group and then by policy.
 
     Only what can be learnt from counts: whole calls of rollouts that succeeded.
     """
     groups = {r.attempt_id: r.spec.group_id for r in records if r.status is RolloutStatus.SUCCEEDED}
     calls = spans.filter(
         (pc.field("kind") == SpanKind.MODEL_CALL.value)
-        & (pc.field("policy") == policy)
+        & pc.field("policy").isin(pa.array(list(policies), pa.string()))
         & pc.field("attempt_id").isin(pa.array(list(groups), pa.string()))
         & (pc.field("status") == SpanStatus.OK.value)
         & pc.field("version").is_valid()
     )
-    oldest: dict[str, int] = {}
+    oldest: dict[str, dict[str, int]] = {}
     # A call's `version` sampled its first token, so no other of its tokens is older.
-    for attempt, version in zip(
-        calls["attempt_id"].to_pylist(), calls["version"].to_pylist(), strict=True
-    ):
-        group = groups[attempt]
-        oldest[group] = min(version, oldest.get(group, version))
+    columns = (calls[name].to_pylist() for name in ("attempt_id", "policy", "version"))
+    for attempt, policy, version in zip(*columns, strict=True):
+        mine = oldest.setdefault(groups[attempt], {})
+        mine[policy] = min(version, mine.get(policy, version))
     return oldest
 
 

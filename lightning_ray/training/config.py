@@ -5,21 +5,21 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from lightning_ray.agents import AgentConfig
-from lightning_ray.algorithms import AlgorithmConfig, make_algorithm, own_loss
+from lightning_ray.algorithms import AlgorithmConfig
 from lightning_ray.cluster import ClusterConfig, check_cluster
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import EvaluationConfig, check_evaluation
 from lightning_ray.gateway import GatewayConfig, ServingConfig, check_gateway, make_roles
 from lightning_ray.inference import InferenceConfig, check_inference
-from lightning_ray.learner import LearnerConfig, check_learner
+from lightning_ray.learner import LearnerConfig
 from lightning_ray.policies import PolicyConfig, settle_policies
 from lightning_ray.rollouts import RolloutsConfig, check_rollouts
 from lightning_ray.spans import SpansConfig, check_spans
 from lightning_ray.tracking import TrackingConfig
+from lightning_ray.training.own import Own, check_own, critic_rate, own_settings
 from lightning_ray.trajectories import (
     CreditConfig,
     HygieneConfig,
-    check_credit,
     check_hygiene,
 )
 
@@ -69,7 +69,7 @@ class TrainConfig:
     credit: CreditConfig = field(default_factory=CreditConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     policies: dict[str, PolicyConfig] = field(default_factory=dict)
-    """Policies by name, for agents that ask several; in place of `policy`. One is trained."""
+    """Policies by name, for agents that ask several; in place of `policy`. One or more learn."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
@@ -86,11 +86,34 @@ class TrainConfig:
 def check_train(config: TrainConfig) -> None:
     """Checks every value that can be checked without loading anything. Raises UserError.
 
-    Afterwards `config.policy` is the trained policy, and `config.policies` holds every one.
+    Afterwards `config.policy` is the first trained policy, and `config.policies` holds every one.
     """
-    config.policy, frozen = settle_policies(config.policy, config.policies)
-    config.policies = {config.policy.name: config.policy, **frozen}
+    config.policies = settle_policies(config.policy, config.policies)
+    config.policy = trained_policies(config)[0]
+    _check_roles(config)
     check_rooms(config)
+
+
+def _check_roles(config: TrainConfig) -> None:
+    """Where several policies learn, nobody can tell which one a role without a policy means."""
+    trained = trained_policies(config)
+    silent = [name for name, role in config.gateway.roles.items() if not role.policy]
+    if len(trained) > 1 and (silent or not config.gateway.roles):
+        names = ", ".join(policy.name for policy in trained)
+        raise UserError(
+            f"gateway.roles.{silent[0] if silent else 'NAME'}.policy: {names} are trained, so each "
+            "role must say which policy answers it"
+        )
+
+
+def trained_policies(config: TrainConfig) -> list[PolicyConfig]:
+    """The policies that learn, in order, once the policies are settled."""
+    return [policy for policy in config.policies.values() if policy.train]
+
+
+def settings_of(config: TrainConfig, policy: PolicyConfig) -> Own:
+    """What a policy learns by. Raises UserError for settings of its own that cannot be."""
+    return own_settings(policy, Own(config.algorithm, config.credit, config.learner))
 
 
 def check_rooms(config: TrainConfig) -> None:
@@ -115,29 +138,12 @@ def check_rooms(config: TrainConfig) -> None:
         raise UserError(
             f"training.max_sequence_tokens={training.max_sequence_tokens}: must be 0 (any) or more"
         )
-    algorithm = make_algorithm(config.algorithm)
-    check_credit(config.credit)
-    critic = algorithm.loss.critic
-    has_critic = critic.coefficient > 0 and own_loss(algorithm) is None
-    if has_critic and (config.credit.by_call or config.credit.roles):
-        raise UserError(
-            "credit.steps, credit.discount and credit.roles give each call a credit of its own, "
-            "which a critic estimates by itself; leave them out, or set "
-            "algorithm.loss.critic.coefficient=0"
-        )
-    needs_contrast = config.credit.is_plain and getattr(algorithm, "needs_contrast", True)
-    if config.algorithm.extra_rounds and not needs_contrast:
-        raise UserError(
-            f"algorithm.extra_rounds={config.algorithm.extra_rounds}: other tasks are tried in "
-            "place of groups with one reward throughout, which teach here as well; set it to 0"
-        )
+    config.learner.critic_rate = critic_rate(config.algorithm)
+    run = Own(config.algorithm, config.credit, config.learner)
+    check_own(run)
+    for policy in trained_policies(config):
+        own_settings(policy, run)
     check_inference(config.inference)
-    config.learner.critic_rate = critic.rate if has_critic else 0.0
-    check_learner(config.learner)
-    if config.learner.lora.rank and config.learner.lora.publish != "merged":
-        raise UserError(
-            "learner.lora.publish=adapter: the engines of a job load whole models; use merged"
-        )
     check_rollouts(config.rollouts)
     check_spans(config.spans)
     check_gateway(config.gateway)

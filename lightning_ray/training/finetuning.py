@@ -5,7 +5,12 @@ from dataclasses import dataclass, field
 
 from lightning_ray.algorithms import LossConfig, check_loss
 from lightning_ray.errors import UserError
-from lightning_ray.training.config import TrainConfig, check_train
+from lightning_ray.training.config import (
+    TrainConfig,
+    check_train,
+    settings_of,
+    trained_policies,
+)
 
 
 @dataclass
@@ -63,7 +68,14 @@ def check_finetune(config: FinetuneConfig) -> None:
     """Checks every value that can be checked without reading spans. Raises UserError."""
     samples, tuning = config.samples, config.finetuning
     check_train(config)
+    if len(learning := trained_policies(config)) > 1:
+        raise UserError(
+            f"{' and '.join(policy.name for policy in learning)} would be tuned; one at a time: "
+            "set policies.NAME.train=false for the others"
+        )
+    config.learner = settings_of(config, config.policy).learner
     config.learner.critic_rate = 0.0
+    config.policy.algorithm, config.policy.learner = {}, {}
     if not samples.runs:
         raise UserError("from= is needed: the run, or runs, whose spans are learnt from")
     chosen = {"min_reward": samples.min_reward, "where": samples.where, "sql": samples.sql}

@@ -42,8 +42,12 @@ class Taken:
     """Groups that were dropped before it, because their tokens were too old."""
 
 
-Oldest = Callable[[Sequence[RolloutRecord]], Mapping[str, int]]
-"""The oldest version that sampled a token of each group, by group; of none for one without any."""
+Oldest = Callable[[Sequence[RolloutRecord]], Mapping[str, Mapping[str, int]]]
+"""The oldest version that sampled a token of each group, by group and then by policy; nothing of
+those without any."""
+
+Behind = Callable[[Mapping[str, int]], int]
+"""How many updates of the weights there were since such versions, by policy: the most of any."""
 
 
 class Flow:
@@ -125,12 +129,12 @@ class Flow:
         if specs:
             self._queue.enqueue(specs)
 
-    def take(self, step: int, behind: Callable[[int], int]) -> Taken:
+    def take(self, step: int, behind: Behind) -> Taken:
         """Waits for the groups of the step after `step`.
 
-        `behind` says how many updates of the weights there were since a version. Groups that a
-        batch lacks are cancelled `rollouts.batch_timeout_s` seconds after it is waited for, or
-        after they were admitted. Raises InfrastructureError when they do not end then either.
+        Groups that a batch lacks are cancelled `rollouts.batch_timeout_s` seconds after it is
+        waited for, or after they were admitted. Raises InfrastructureError when they do not end
+        then either.
         """
         begun = time.monotonic()
         hand, stale = self._hand, 0
@@ -186,20 +190,20 @@ class Flow:
         known = sum(len(group.records) for group in self._hand.running)
         self._hand.ended(self._queue.wait(names, timeout_s, known + more))
 
-    def _stale(self, behind: Callable[[int], int]) -> list[FlowGroup]:
+    def _stale(self, behind: Behind) -> list[FlowGroup]:
         """Groups of the next batch with tokens that are too old to learn from."""
         staleness = self._config.training.staleness
         if not staleness:
             return []
-        unknown = [group for group in self._hand.next_batch() if not group.dated]
+        unknown = [group for group in self._hand.next_batch() if group.oldest is None]
         if unknown:
             found = self._oldest([record for group in unknown for record in group.ordered])
             for group in unknown:
-                group.oldest, group.dated = found.get(group.specs[0].group_id or ""), True
+                group.oldest = found.get(group.specs[0].group_id or "", {})
         return [
             group
             for group in self._hand.next_batch()
-            if group.oldest is not None and behind(group.oldest) > staleness
+            if group.oldest and behind(group.oldest) > staleness
         ]
 
     def _forget(self, groups: Sequence[FlowGroup]) -> None:

@@ -4,8 +4,8 @@ OUTPUT_DIR/mlflow.db               every run's tracking store
 OUTPUT_DIR/RUN_ID/overrides.json   what was typed
 OUTPUT_DIR/RUN_ID/run.json         the MLflow run, the base model
 OUTPUT_DIR/RUN_ID/spans/           the span store's segments
-OUTPUT_DIR/RUN_ID/versions/N/      weights of version N, a Hugging Face folder
-OUTPUT_DIR/RUN_ID/checkpoints/     weights, optimiser and run state
+OUTPUT_DIR/RUN_ID/versions/POLICY/N/   weights of version N, a Hugging Face folder
+OUTPUT_DIR/RUN_ID/checkpoints/     run state, and by policy weights and optimiser
 OUTPUT_DIR/RUN_ID/hygiene.json     what the checks of its data found
 OUTPUT_DIR/RUN_ID/summary.json     the result
 """
@@ -39,7 +39,6 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
         self.curve = path / "learning_curve.png"
-        self.trajectories = path / "trajectories.html"
         self.hygiene = path / "hygiene.json"
 
     @classmethod
@@ -94,6 +93,10 @@ class RunFolder:
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
+    def trajectories(self, policy: str) -> Path:
+        """Where the page of sample trajectories of a policy lies."""
+        return self.path / f"trajectories-{policy}.html"
+
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self.checkpoints / f"step-{step:06d}"
@@ -117,13 +120,17 @@ class RunFolder:
             os.rename(old, doomed)
             shutil.rmtree(doomed)
 
-    def version(self, number: int) -> Path:
-        """Where the weights of a version lie."""
-        return self.versions / str(number)
+    def versions_of(self, policy: str) -> Path:
+        """Where the versions of a policy lie."""
+        return self.versions / policy
 
-    def last_version(self) -> int:
+    def version(self, policy: str, number: int) -> Path:
+        """Where the weights of a version lie."""
+        return self.versions_of(policy) / str(number)
+
+    def last_version(self, policy: str) -> int:
         """The highest version with a folder; 0 when only the base model is there."""
-        found = self._numbered(self.versions, _VERSION)
+        found = self._numbered(self.versions_of(policy), _VERSION)
         return int(found[-1].name) if found else 0
 
     @staticmethod

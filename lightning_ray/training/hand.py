@@ -5,7 +5,7 @@ Invariant: what has been trained on and what is in hand together never exceed
 counts the steps trained). What is in hand is thus at most (staleness + 1) x batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_ray.rollouts import RolloutRecord, RolloutSpec
@@ -23,9 +23,8 @@ class FlowGroup:
     """When, on the monotonic clock."""
     records: dict[str, RolloutRecord] = field(default_factory=dict)
     """Of those that have ended, by rollout."""
-    oldest: int | None = None
-    """Version that sampled its oldest token; None for a group without tokens, and until `dated`."""
-    dated: bool = False
+    oldest: Mapping[str, int] | None = None
+    """By policy, the version that sampled its oldest token in the group; None until it is known."""
 
     @property
     def missing(self) -> list[str]:

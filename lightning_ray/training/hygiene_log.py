@@ -32,28 +32,40 @@ class HygieneLog:
         }
 
     def add(
-        self, step: int, report: HygieneReport, history: Sequence[Mapping[str, float]]
+        self,
+        step: int,
+        reports: Mapping[str, HygieneReport],
+        history: Sequence[Mapping[str, float]],
     ) -> list[str]:
         """Adds a step's findings and writes the file; `history` has the steps before it.
 
-        Returns a line for each check that found something for the first time.
+        `reports` are of the batches of the policies that learn: what is wrong with an attempt is a
+        finding of each of them. Returns a line for each check that found something for the first
+        time.
         """
         news = []
-        for check, findings in report.offenders.items():
-            entries = self._offenders.setdefault(check.value, [])
-            if not entries:
-                first = findings[0]
-                news.append(
-                    f"hygiene: {check.value} ({report.policies[check].value}), the first in "
-                    f"{first.subject}: {first.reason}"
-                )
-            room = self._config.offenders - len(entries)
-            entries += [{"step": step, **finding.to_json()} for finding in findings[:room]]
+        summed: dict[str, float] = {}
+        for policy, report in reports.items():
+            of = {"policy": policy} if len(reports) > 1 else {}
+            for name, count in report.metrics().items():
+                summed[name] = summed.get(name, 0.0) + count
+            for check, findings in report.offenders.items():
+                entries = self._offenders.setdefault(check.value, [])
+                if not entries:
+                    first = findings[0]
+                    news.append(
+                        f"hygiene: {check.value} ({report.policies[check].value}), the first in "
+                        f"{first.subject}: {first.reason}"
+                    )
+                room = self._config.offenders - len(entries)
+                entries += [
+                    {"step": step, **of, **finding.to_json()} for finding in findings[:room]
+                ]
         write_json(
             self._path,
             {
                 "policies": {check.value: self._config.policy(check).value for check in Check},
-                "totals": totals([*history, report.metrics()]),
+                "totals": totals([*history, summed]),
                 "offenders": {check: found for check, found in self._offenders.items() if found},
             },
         )

@@ -23,12 +23,13 @@ from lightning_ray.gateway import (
 )
 from lightning_ray.inference import InferenceGroup
 from lightning_ray.learner import LearnerGroup
+from lightning_ray.policies import PolicyConfig
 from lightning_ray.policies.models import resolve_model
 from lightning_ray.rollouts import QueueClient, WorkerGroup, start_queue
 from lightning_ray.spans import SpanClient, start_store
 from lightning_ray.tracking import Progress
 from lightning_ray.training.batch_maker import start_batch_maker
-from lightning_ray.training.config import TrainConfig
+from lightning_ray.training.config import TrainConfig, settings_of
 from lightning_ray.training.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -36,29 +37,34 @@ log = logging.getLogger(__name__)
 
 def needs_of(config: TrainConfig, learn: bool = True) -> Needs:
     """What the parts of a job ask Ray for."""
-    inference, learner, rollouts = config.inference, config.learner, config.rollouts
-    ours = [policy for policy in config.policies.values() if not policy.is_upstream]
-    engines = inference.num_engines * (len(ours) if config.policies else 1)
-    ranks = learner.num_ranks if learn else 0
+    inference, rollouts = config.inference, config.rollouts
+    ours = [policy for policy in _policies(config).values() if not policy.is_upstream]
+    engines = inference.num_engines * len(ours)
+    learners = [settings_of(config, policy).learner for policy in ours if policy.train and learn]
     return Needs(
         cpus=engines * inference.num_cpus
-        + ranks * learner.num_cpus
+        + sum(learner.num_ranks * learner.num_cpus for learner in learners)
         + rollouts.num_workers * rollouts.num_cpus
         + config.gateway.num_replicas * config.gateway.num_cpus,
-        gpus=engines * inference.num_gpus + ranks * learner.num_gpus,
+        gpus=engines * inference.num_gpus
+        + sum(learner.num_ranks * learner.num_gpus for learner in learners),
     )
 
 
+def _policies(config: TrainConfig) -> dict[str, PolicyConfig]:
+    """Every policy by name, also of a configuration whose policies are not settled."""
+    return dict(config.policies) or {config.policy.name: config.policy}
+
+
 class Parts:
-    """Store, queue, engines, learner, gateway and workers of one job; a context manager."""
+    """Store, queue, engines, learners, gateway and workers of one job."""
 
     store: SpanClient
     queue: QueueClient
-    engines: InferenceGroup
-    """Of the trained policy; none where somebody else's API answers for it."""
-    frozen: dict[str, InferenceGroup]
-    """Engines of the policies that stay as they are; one with an upstream has none."""
-    learner: LearnerGroup
+    groups: dict[str, InferenceGroup]
+    """Engines by policy; one for which somebody else's API answers has none."""
+    learners: dict[str, LearnerGroup]
+    """By policy, of those that learn."""
     batches: ActorHandle
     """Builds a step's batch (`BatchMaker`)."""
     workers: WorkerGroup
@@ -66,39 +72,62 @@ class Parts:
     """The gateway's base URL, "http://HOST:PORT"."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder, base: Path, progress: Progress):
-        """`base` is the folder of the base model; Ray must be up."""
+        """`base` is the folder of `config.policy`'s base model; Ray must be up."""
         self._config = config
+        self._policies = _policies(config)
         self._folder = folder
         self._base = base
         self._progress = progress
         self._stack = ExitStack()
-        self.frozen = {}
+        self.groups = {}
+        self.learners = {}
         self._held = False
 
-    def start(self, model: Path, version: int, learn: bool = True, work: bool = True) -> None:
-        """Starts everything; the engines answer with version `version`, whose weights are `model`.
+    @property
+    def engines(self) -> InferenceGroup:
+        """The engines of `config.policy`."""
+        return self.groups[self._config.policy.name]
+
+    @property
+    def frozen(self) -> dict[str, InferenceGroup]:
+        """The engines of the policies that stay as they are."""
+        return {n: group for n, group in self.groups.items() if not self._policies[n].train}
+
+    def base(self, policy: str) -> Path:
+        """The folder of a policy's base model. Raises UserError when there is none."""
+        if policy == self._config.policy.name:
+            return self._base
+        return resolve_model(self._policies[policy].model)
+
+    def start(
+        self,
+        versions: Mapping[str, tuple[Path, int]] | None = None,
+        learn: bool = True,
+        work: bool = True,
+    ) -> None:
+        """Starts everything; `versions` are those that the engines answer with, by policy, each the
+        folder of its weights and its number; of the other policies it is the base model.
 
         Without `learn` there is no learner: for jobs that only run the agent; without `work` no
         workers, for a job that starts its own. Where every policy has an upstream and nothing
-        learns, no engine starts either, and `model` is not read.
+        learns, no engine starts either, and no model is read.
 
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
         config = self._config
         port = choose_port(config.gateway)
-        trained = config.policy.name
-        roles = make_roles(config.gateway, trained, list(config.policies) or [trained])
-        others = {n: policy for n, policy in config.policies.items() if n != trained}
-        upstreams = [p for p in (config.policy, *others.values()) if p.is_upstream]
-        answerers = [upstream_answerer(policy) for policy in upstreams]
-        models = {n: resolve_model(p.model) for n, p in others.items() if not p.is_upstream}
+        roles = make_roles(config.gateway, config.policy.name, list(self._policies))
+        policies = self._policies.items()
+        answerers = [upstream_answerer(policy) for _, policy in policies if policy.is_upstream]
+        models = {n: (self.base(n), 0) for n, policy in policies if not policy.is_upstream}
+        models |= versions or {}
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
         self.queue = start_queue(
             self._folder.run_id, config.rollouts, self._folder.path / "rollouts", self.store
         )
-        if learn or models or not config.policy.is_upstream:
-            answerers += self._start_models(model, version, models, roles, learn)
+        if models:
+            answerers += self._start_models(models, roles, learn)
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
             self._at_end(stop_gateway)
             self.url = start_gateway(
@@ -111,33 +140,19 @@ class Parts:
                 self._at_end(self.workers.stop)
 
     def _start_models(
-        self,
-        model: Path,
-        version: int,
-        models: Mapping[str, Path],
-        roles: Sequence[Role],
-        learn: bool,
+        self, models: Mapping[str, tuple[Path, int]], roles: Sequence[Role], learn: bool
     ) -> list[Answerer]:
-        """Starts the engines and the learner; returns who answers once all of them do."""
-        config = self._config
-        trained = config.policy.name
+        """Starts the engines and the learners; returns who answers once all of them do."""
         learner = " and the DeepSpeed learner" if learn else ""
         with self._progress.phase(f"starting the vLLM engine{learner}", slow=True):
-            groups = {}
-            # The engines' slow start runs while the learner's is waited for.
-            if not config.policy.is_upstream:
-                self.engines = self._engines(model, trained, models_of(roles, trained), version)
-                groups[trained] = self.engines
-            self.frozen = {
-                name: self._engines(folder, name, models_of(roles, name), 0)
-                for name, folder in models.items()
-            }
+            # The engines' slow start runs while the learners' is waited for.
+            for name, (folder, version) in models.items():
+                self.groups[name] = self._engines(folder, name, models_of(roles, name), version)
             if learn:
                 self.batches = start_batch_maker()
                 self._at_end(partial(ray.kill, self.batches))
-                self._start_learner()
-            groups |= self.frozen
-            return [Answerer(n, tuple(g.wait_ready()), g.key) for n, g in groups.items()]
+                self._start_learners()
+            return [Answerer(n, tuple(g.wait_ready()), g.key) for n, g in self.groups.items()]
 
     def _engines(
         self, model: Path, policy: str, names: Sequence[str], version: int
@@ -157,39 +172,45 @@ class Parts:
         lines = []
         if died := self.workers.mend():
             lines.append(f"{died} rollout workers died and were replaced")
-        groups = {**self.frozen}
-        if not self._config.policy.is_upstream:
-            groups[self._config.policy.name] = self.engines
-        for name, group in groups.items():
+        for name, group in self.groups.items():
             if died := group.mend():
                 lines.append(f"{died} engines of {name} died and are being replaced")
         # What nobody can answer waits in the queue, and not in an agent whose time runs.
-        if (silent := any(not group.alive for group in groups.values())) != self._held:
+        if (silent := any(not group.alive for group in self.groups.values())) != self._held:
             self.queue.hold(silent)
             self._held = silent
         return lines
 
     def start_learner(self) -> None:
-        """Starts the learner alone: for a job that learns from what is there and runs no agent."""
+        """Starts learners alone: for a job that learns from what is there and runs no agent."""
         with self._progress.phase("starting the DeepSpeed learner", slow=True):
-            self._start_learner()
+            self._start_learners()
 
-    def replace_learner(self) -> None:
-        """Another learner in place of one that died; it has the base model's weights.
+    def replace_learners(self) -> None:
+        """Other learners in place of those that died; they have the base models' weights.
 
-        Raises InfrastructureError when it does not start.
+        Raises InfrastructureError when one does not start.
         """
-        self.learner.stop()
+        dead = [name for name, learner in self.learners.items() if learner.lost]
+        for name in dead:
+            self.learners.pop(name).stop()
         with self._progress.phase("starting the DeepSpeed learner again", slow=True):
-            self._start_learner()
+            self._start_learners()
 
     def stop(self) -> None:
         """Stops every part that was started, last first; one that fails does not keep the rest."""
         self._stack.close()
 
-    def _start_learner(self) -> None:
-        self.learner = LearnerGroup(self._config.learner, self._base, self._folder.run_id)
-        self._at_end(self.learner.stop)
+    def _start_learners(self) -> None:
+        """Starts the learner of every policy that learns and has none."""
+        for name, policy in self._policies.items():
+            if policy.train and name not in self.learners:
+                settings = settings_of(self._config, policy).learner
+                label = f"{self._folder.run_id}-{name}"
+                self.learners[name] = LearnerGroup(settings, self.base(name), label)
+                self._at_end(self.learners[name].stop)
+        # In the order of the configuration, also of one that was started again.
+        self.learners = {n: self.learners[n] for n in self._policies if n in self.learners}
 
     def _at_end(self, stop: Callable[[], None]) -> None:
         self._stack.callback(_stop_quietly, stop)

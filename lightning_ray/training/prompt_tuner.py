@@ -98,7 +98,7 @@ class PromptTuner:
             records, spans = self._roll([replace(spec, note_messages=True) for spec in specs])
         names = list(self._config.policies)
         roles = make_roles(self._config.gateway, self.policy, names)
-        idle = check_rehearsal(records, spans, roles, self.policy)
+        idle = check_rehearsal(records, spans, roles, [self.policy])
         if idle is not None:
             raise UserError(idle)
         self.seed = find_seed(spans, self.policy, self._config.prompt.seed)

@@ -27,9 +27,12 @@ def why(record: RolloutRecord) -> str:
 
 
 def check_rehearsal(
-    records: Sequence[RolloutRecord], spans: pa.Table, roles: Sequence[Role], trained: str
+    records: Sequence[RolloutRecord],
+    spans: pa.Table,
+    roles: Sequence[Role],
+    trained: Sequence[str],
 ) -> str | None:
-    """What a person should know before the run goes on, or None.
+    """What a person should know before the run goes on, or None; `trained` are policies.
 
     `spans` are those of the records' latest attempts. Raises UserError when no rollout came to a
     reward, or when the agent asked for no model at all.
@@ -45,18 +48,20 @@ def check_rehearsal(
             "the agent ended well and asked no model: it must take its address from "
             "OPENAI_BASE_URL or ANTHROPIC_BASE_URL"
         )
-    if trained in calls["policy"].to_pylist():
+    answered = set(calls["policy"].to_pylist())
+    if not (idle := [policy for policy in trained if policy not in answered]):
         return None
     asked = ", ".join(sorted(set(calls["role"].to_pylist())))
     return (
-        f"no call of {len(records)} rollouts was for {trained}, which is to be trained, only for "
-        f"{asked}; the roles: {describe(roles)}"
+        f"no call of {len(records)} rollouts was for {' and '.join(idle)}, which is to be trained, "
+        f"only for {asked}; the roles: {describe(roles)}"
     )
 
 
-def no_call_for(trained: str, roles: Sequence[Role]) -> UserError:
-    """The error for a step in which the trained policy was never asked."""
+def no_call_for(trained: Sequence[str], roles: Sequence[Role]) -> UserError:
+    """The error for a step in which none of the trained policies was ever asked."""
+    names = " and ".join(trained)
     return UserError(
-        f"no rollout of the step asked the policy {trained}, which is to be trained; make "
+        f"no rollout of the step asked the policy {names}, which is to be trained; make "
         f"gateway.roles match what the agent sends: {describe(roles)}"
     )

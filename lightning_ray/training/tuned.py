@@ -37,6 +37,7 @@ def leave_results(
     tracked: TrackedRun,
     samples: Samples,
     state: RunState,
+    policy: str,
     after: dict[str, Any] | None,
 ) -> None:
     """The learning curve and summary.json, in the folder and in MLflow."""
@@ -46,6 +47,7 @@ def leave_results(
             history.append({"step": step, "heldout": _mean(report)})
     plot_learning_curve(history, folder.curve, title=folder.run_id, measures=("loss",))
     tracked.log_artifact(folder.curve)
+    version = state.of(policy).version
     write_summary(
         folder.summary,
         RunSummary(
@@ -55,10 +57,10 @@ def leave_results(
             train_seconds=state.train_seconds,
             tokens_generated=0,
             mlflow_run_id=tracked.run_id,
-            model_dir=str(folder.version(state.version)),
+            model_dir=str(folder.version(policy, version)),
             extra={
                 "run_id": folder.run_id,
-                "version": state.version,
+                "version": version,
                 "heldout_before_report": state.heldout_before,
                 "heldout_after_report": after,
                 "history": state.history,
@@ -74,6 +76,7 @@ def say_results(
     progress: Progress,
     folder: RunFolder,
     state: RunState,
+    policy: str,
     after: dict[str, Any] | None,
     ui: str,
     tracked: TrackedRun,
@@ -87,7 +90,7 @@ def say_results(
     if before_mean is not None and after_mean is not None:
         say(f"held-out score {before_mean:.3f} before, {after_mean:.3f} after")
     say(f"learning curve    {folder.curve}")
-    say(f"tuned model       {folder.version(state.version)}")
+    say(f"tuned model       {folder.version(policy, state.of(policy).version)}")
     say(f"summary           {folder.summary}")
     fragment = tracked.url_fragment.lstrip("/")
     say(f"open it in MLflow: {ui}   then http://127.0.0.1:5000/{fragment}")

@@ -13,7 +13,7 @@ import ray
 
 from lightning_ray.learner import LearnerGroup, StepReport
 from lightning_ray.tracking import Progress, TrackedRun
-from lightning_ray.training.conductor import CHECKPOINT_TIMEOUT_S, Conductor
+from lightning_ray.training.checkpoints import Checkpoints
 from lightning_ray.training.finetuning import FinetuneConfig
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.order import SampleOrder
@@ -39,7 +39,8 @@ class Tuner:
         base: Path,
     ):
         self._config = config
-        self._folder = folder
+        self._policy = config.policy.name
+        self._checkpoints = Checkpoints(folder, config.training.keep_checkpoints)
         self._versions = versions
         self._tracked = tracked
         self._progress = progress
@@ -73,7 +74,7 @@ class Tuner:
                 **_metrics(report),
                 "tokens_per_second": report.sampled_tokens / max(learning.seconds, 1e-9),
                 "epoch": state.step / self._order.steps_per_epoch,
-                "version": float(state.version),
+                "version": float(state.of(self._policy).version),
                 "seconds_learn": learning.seconds,
                 "seconds": seconds,
             }
@@ -92,25 +93,22 @@ class Tuner:
         return report
 
     def _publish(self, learner: LearnerGroup, state: RunState, take_on: TakeOn | None) -> None:
+        mine = state.of(self._policy)
         number, path = self._versions.publish(
             learner,
-            state.version,
+            mine.version,
             state.step,
             f"finetune on {self._samples.counts.samples} samples of "
             f"{', '.join(self._samples.runs)}",
         )
         if take_on is not None:
             take_on(str(path), number)
-        state.version = number
-        kept = self._folder.whole_checkpoints()
-        self._versions.prune({Conductor.peek(checkpoint).version for checkpoint in kept})
+        mine.version = number
+        self._versions.prune(self._checkpoints.needed(self._policy))
 
     def _checkpoint(self, learner: LearnerGroup, state: RunState) -> None:
         with self._progress.phase("checkpoint"):
-            path = self._folder.checkpoint(state.step)
-            if not path.exists():
-                learner.save_checkpoint(path, state.to_json(), CHECKPOINT_TIMEOUT_S)
-            self._folder.prune_checkpoints(self._config.training.keep_checkpoints)
+            self._checkpoints.save({self._policy: learner}, state)
 
 
 def sample_order(config: FinetuneConfig, samples: Samples) -> SampleOrder:

@@ -38,6 +38,10 @@ class Versions:
             )
         )
 
+    def path(self, number: int) -> Path:
+        """Where the weights of a version lie that the run made."""
+        return self._folder.version(self._policy.name, number)
+
     def publish(
         self, learner: LearnerGroup, parent: int, step: int, created_by: str
     ) -> tuple[int, Path]:
@@ -46,8 +50,8 @@ class Versions:
         Returns its number and the folder of its weights.
         """
         # Those that a run lost when it was stopped keep their numbers.
-        number = max(self._folder.last_version(), parent) + 1
-        path = learner.publish(self._folder.version(number), PUBLISH_TIMEOUT_S)
+        number = max(self._folder.last_version(self._policy.name), parent) + 1
+        path = learner.publish(self.path(number), PUBLISH_TIMEOUT_S)
         self.register(number, path, parent, step, created_by)
         return number, path
 
@@ -59,7 +63,7 @@ class Versions:
         )
         prune(
             self._registry,
-            self._folder.versions,
+            self._folder.versions_of(self._policy.name),
             keep=self._policy.keep_versions,
             pinned={*pinned, *released},
         )

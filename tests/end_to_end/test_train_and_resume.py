@@ -165,10 +165,15 @@ def test_mlflow_holds_config_metrics_and_pictures(story):
     assert run.data.params["training.steps"] == str(STEPS)
     assert {m.step for m in client.get_metric_history(summary.mlflow_run_id, "reward")} >= {3, 4}
     names = {item.path for item in client.list_artifacts(summary.mlflow_run_id)}
-    assert {"config.yaml", "learning_curve.png", "summary.json", "trajectories.html"} <= names
+    assert {
+        "config.yaml",
+        "learning_curve.png",
+        "summary.json",
+        "trajectories-policy.html",
+    } <= names
     assert {"evaluation.json", "evaluation.html"} <= names
     assert "hygiene.json" in names
-    page = (story.folder / "trajectories.html").read_text()
+    page = (story.folder / "trajectories-policy.html").read_text()
     assert "calc" in page
 
 

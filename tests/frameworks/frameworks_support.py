@@ -210,7 +210,7 @@ def running_stack(base: Path, folder: Path) -> Iterator[Stack]:
     config: TrainConfig = compose_config("train", TrainConfig, settings)
     parts = Parts(config, RunFolder(folder / "frameworks"), base, Progress(1, mode="plain"))
     try:
-        parts.start(base, 0, work=False)
+        parts.start(work=False)
         yield Stack(config, parts, witness)
     finally:
         parts.stop()

@@ -25,15 +25,15 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.write_facts({"mlflow_run_id": "1" * 32})
     registry = PolicyRegistry(default_uri(root), "policy", "1" * 32)
     for number in range(4):
-        path = folder.version(number)
-        path.mkdir()
+        path = folder.version("policy", number)
+        path.mkdir(parents=True)
         for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
             (path / name).write_text("{}")
         shape = {"model_type": "llama", "hidden_size": 32 if number == 2 else 64}
         (path / "config.json").write_text(json.dumps(shape))
         registry.register(PolicyVersion("policy", number, path, "1" * 32, None, number))
     registry.mark_weights(1, Weights.REMOVED)
-    shutil.rmtree(folder.version(1))
+    shutil.rmtree(folder.version("policy", 1))
     unbegun = RunFolder.create(root, "unbegun", ["experiment=calculator"])
     unbegun.path.rename(root / "unbegun")
     evaluation = RunFolder.create(root, "old-evaluate", [])
@@ -42,9 +42,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.path.rename(root / "run")
     # The registry names the folders where they lay.
     for number in (0, 2, 3):
-        moved = folder.path / "versions" / str(number)
+        moved = folder.version("policy", number)
         moved.parent.mkdir(parents=True, exist_ok=True)
-        (root / "run/versions" / str(number)).rename(moved)
+        (root / "run/versions/policy" / str(number)).rename(moved)
     return root
 
 
@@ -67,7 +67,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["run=run", "evaluation.tasks=no.jsonl"], "no.jsonl: cannot read the task file"),
         (["run=run", "gate.max_regression=0.1"], "add against="),
         (["run=run", "gate.min_tool_discipline=7"], "between 0 and 1"),
+        (["run=run", "of=solver"], "of=solver: the run trained policy"),
         (["experiment=calculator", "version=2"], "version=2: of which run"),
+        (["experiment=calculator", "of=policy"], "of=policy: of which run"),
         (["experiment=calculator", "against=/nowhere"], "against=/nowhere: no such folder"),
         (["experiment=calculator", "against=embedded"], "against=embedded: the same model"),
     ],

@@ -1,6 +1,6 @@
 """Groups on their way to the learner: admitted when there is room, taken once, never too old."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from lightning_ray.rollouts import (
 from lightning_ray.tracking import Progress
 from lightning_ray.training import TrainConfig
 from lightning_ray.training.dynamic import has_contrast
-from lightning_ray.training.flow import Flow
+from lightning_ray.training.flow import Behind, Flow
 from lightning_ray.training.hand import FlowGroup, Hand
 from lightning_ray.training.order import TaskOrder
 
@@ -112,14 +112,14 @@ class Bench:
     def new_flow(self) -> Flow:
         return Flow(self.config, self.queue, self.order, self._oldest, Progress(1, mode="plain"))
 
-    def _oldest(self, records: list[RolloutRecord]) -> dict[str, int]:
+    def _oldest(self, records: list[RolloutRecord]) -> dict[str, dict[str, int]]:
         names = {record.spec.group_id for record in records}
-        return {name: self.versions[name] for name in names if name in self.versions}
+        return {n: {"policy": self.versions[n]} for n in names if n in self.versions}
 
     @staticmethod
-    def behind(version: int) -> Callable[[int], int]:
+    def behind(version: int) -> Behind:
         """Where every step published the next number."""
-        return lambda older: version - older
+        return lambda older: version - older["policy"]
 
     def lease(self, version: int) -> list[str]:
         """Takes all that is queued, as workers would, while `version` answers."""

@@ -10,10 +10,9 @@ from test_step_batches import batch_of, one_of_each
 from lightning_ray.agents import Task
 from lightning_ray.errors import UserError
 from lightning_ray.jobs.compose import compose_config
-from lightning_ray.policies import PolicyRegistry
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.tracking.store import default_uri
-from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig
+from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
 from lightning_ray.trajectories import HygienePolicy
 
 
@@ -21,20 +20,19 @@ def test_a_check_that_says_to_stop_ends_the_run_and_leaves_what_it_found(
     tmp_path: Path, capsys
 ) -> None:
     config = compose_config("train", TrainConfig, ["experiment=calculator"])
+    check_train(config)
     folder = RunFolder.create(tmp_path, "run", [])
     tracked = TrackedRun.start(config.tracking, tmp_path, folder.run_id)
-    registry = PolicyRegistry(default_uri(tmp_path), "policy", tracked.run_id)
+    uri = default_uri(tmp_path)
     task = Task("t", {"question": "?"})
     with Progress(1, mode="plain") as progress:
         parts = Parts(config, folder, tmp_path, progress)
-        conductor = Conductor(
-            config, folder, parts, tracked, registry, progress, [task], [], tmp_path
-        )
+        conductor = Conductor(config, folder, parts, tracked, uri, progress, [task], [])
         _, harmless = batch_of(*one_of_each())
-        conductor._heed(1, harmless)
+        conductor._heed(1, {"policy": harmless})
         _, stopping = batch_of(*one_of_each(), infrastructure_faults=HygienePolicy.stop)
         with pytest.raises(UserError) as raised:
-            conductor._heed(2, stopping)
+            conductor._heed(2, {"policy": stopping})
     message = str(raised.value)
     assert len(message.splitlines()) == 1
     assert (

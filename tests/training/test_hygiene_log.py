@@ -24,7 +24,7 @@ def test_the_first_offenders_and_the_totals_are_kept(tmp_path: Path) -> None:
     history: list[dict[str, float]] = []
     news = []
     for step, found in enumerate([report(), report("a/1", "b/1"), report("c/1", "d/1")], start=1):
-        news.append(log.add(step, found, history))
+        news.append(log.add(step, {"policy": found}, history))
         history.append({"step": step, **found.metrics()})
     assert news == [[], ["hygiene: cut_traces (warn), the first in a/1: cut a/1"], []]
     kept = json.loads(path.read_text())
@@ -51,14 +51,24 @@ def test_a_step_that_is_trained_again_is_counted_once(tmp_path: Path) -> None:
     path = tmp_path / "hygiene.json"
     first = HygieneLog(path, CONFIG)
     history = [{"step": 1.0, **report("a/1").metrics()}]
-    first.add(1, report("a/1"), [])
-    first.add(2, report("lost/1"), history)
+    first.add(1, {"policy": report("a/1")}, [])
+    first.add(2, {"policy": report("lost/1")}, history)
     resumed = HygieneLog(path, CONFIG)
     resumed.restore(1)
-    assert resumed.add(2, report("again/1"), history) == []
+    assert resumed.add(2, {"policy": report("again/1")}, history) == []
     kept = json.loads(path.read_text())
     named = [entry["attempt_ids"] for entry in kept["offenders"]["cut_traces"]]
     assert named == [["a/1"], ["again/1"]] and kept["totals"]["cut_traces"] == 2
+
+
+def test_findings_of_several_policies_are_summed_and_say_whose_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "hygiene.json"
+    log = HygieneLog(path, CONFIG)
+    log.add(1, {"planner": report("a/1"), "solver": report("a/1", "b/1")}, [])
+    kept = json.loads(path.read_text())
+    named = [(entry["policy"], entry["attempt_ids"]) for entry in kept["offenders"]["cut_traces"]]
+    assert named == [("planner", ["a/1"]), ("solver", ["a/1"]), ("solver", ["b/1"])]
+    assert kept["totals"]["cut_traces"] == 3
 
 
 def test_a_run_of_an_earlier_version_has_nothing_to_restore(tmp_path: Path) -> None:

@@ -25,5 +25,10 @@ def test_only_what_can_be_learnt_from_makes_a_group_old() -> None:
         *calls("stranger/1", [1], version=0),
     ]
     spans = pa.Table.from_batches([to_batch(rows)])
-    assert oldest_versions(records, spans, "policy") == {"first": 5, "second": 6}
-    assert oldest_versions([], spans.slice(0, 0), "policy") == {}
+    assert oldest_versions(records, spans, ["policy"]) == {
+        "first": {"policy": 5},
+        "second": {"policy": 6},
+    }
+    both = oldest_versions(records, spans, ["policy", "another"])
+    assert both["first"] == {"policy": 5, "another": 1}
+    assert oldest_versions([], spans.slice(0, 0), ["policy"]) == {}

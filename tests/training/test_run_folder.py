@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_ray.errors import UserError
 from lightning_ray.training import RunFolder, RunState
+from lightning_ray.training.state import PolicyState
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -86,21 +87,23 @@ def test_the_newest_checkpoints_are_kept_and_the_rest_is_gone(tmp_path: Path, ke
 
 def test_versions_are_counted_from_what_is_on_disk(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run", [])
-    assert folder.last_version() == 0
+    assert folder.last_version("planner") == 0
     for number in (2, 10, 9):
-        folder.version(number).mkdir()
+        folder.version("planner", number).mkdir(parents=True)
     for name in (".11.partial", "11.partial", "best"):
-        (folder.versions / name).mkdir()
-    assert folder.last_version() == 10
+        (folder.versions_of("planner") / name).mkdir()
+    assert folder.last_version("planner") == 10
     folder.versions.rename(tmp_path / "gone")
-    assert folder.last_version() == 0
+    assert folder.last_version("planner") == 0
 
 
 @given(
     st.builds(
         RunState,
         step=st.integers(0),
-        version=st.integers(0),
+        policies=st.dictionaries(
+            st.text(), st.builds(PolicyState, st.integers(0), st.lists(st.integers(0)))
+        ),
         position=st.integers(0),
         train_seconds=FINITE,
         tokens_generated=st.integers(0),
@@ -117,4 +120,4 @@ def test_a_runs_state_is_the_same_after_it_was_written_as_json(state: RunState) 
 
 def test_a_state_with_what_nobody_knows_is_refused() -> None:
     with pytest.raises(TypeError, match="momentum"):
-        RunState.from_json({"step": 1, "momentum": 0.9})
+        RunState.from_json({"step": 1, "policies": {}, "momentum": 0.9})

@@ -12,7 +12,8 @@ from lightning_ray.learner import LearnerConfig, LearnerGroup
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.tracking import Progress, TrackedRun
 from lightning_ray.tracking.store import default_uri
-from lightning_ray.training import Conductor, RunFolder, RunState
+from lightning_ray.training import RunFolder, RunState
+from lightning_ray.training.checkpoints import Checkpoints
 from lightning_ray.training.finetuning import FinetuneConfig
 from lightning_ray.training.selection import Counts, Samples
 from lightning_ray.training.tuner import Tuner
@@ -84,7 +85,9 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
         # Five samples in batches of two: three steps an epoch, and a version at its end.
         whole.tuner().train(learner, state, lambda _, version: taken.append(version))
     losses = [row["loss"] for row in state.history]
-    assert (state.step, state.version, taken) == (6, 2, [1, 2]) and losses[-1] < 0.8 * losses[0]
+    assert (state.step, state.of("policy").version, taken) == (6, 2, [1, 2]) and losses[
+        -1
+    ] < 0.8 * losses[0]
     assert sum(row["sampled_tokens"] for row in state.history) == 2 * COUNT * TOKENS
     assert [row["epoch"] for row in state.history[2::3]] == [1.0, 2.0]
     versions = whole.registry.versions()
@@ -96,16 +99,16 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(
         stopped.tuner(stop_after=3).train(learner, RunState(), None)
     checkpoint = stopped.folder.last_checkpoint()
     assert checkpoint is not None
-    resumed = Conductor.peek(checkpoint)
-    assert (resumed.step, resumed.version) == (2, 0)
+    resumed = Checkpoints.peek(checkpoint)
+    assert (resumed.step, resumed.of("policy").version) == (2, 0)
     with stopped.learner() as learner:
-        learner.load_checkpoint(checkpoint, 60.0)
+        assert Checkpoints(stopped.folder, 2).load(checkpoint, {"policy": learner}) == resumed
         stopped.tuner().train(learner, resumed, None)
     # Version 1 was made before the stop, and keeps its number.
     numbers = [(v.number, v.parent) for v in stopped.registry.versions()]
-    assert numbers == [(0, None), (1, 0), (2, 0), (3, 2)] and resumed.version == 3
+    assert numbers == [(0, None), (1, 0), (2, 0), (3, 2)] and resumed.of("policy").version == 3
     weights = [
-        (job.folder.version(number) / "model.safetensors").read_bytes()
+        (job.folder.version("policy", number) / "model.safetensors").read_bytes()
         for job, number in ((whole, 2), (stopped, 3))
     ]
     assert weights[0] == weights[1]

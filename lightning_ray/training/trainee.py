@@ -1,0 +1,182 @@
+"""One policy that learns: its batch of a step, its learner's step, and the version that it makes.
+
+Several learn from the same rollouts, each from the tokens that it sampled itself, by its own
+algorithm and credit, and each counts its own versions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from lightning_ray.algorithms import make_algorithm, own_loss
+from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.learner import StepReport
+from lightning_ray.policies import PolicyConfig
+from lightning_ray.rollouts import RolloutRecord
+from lightning_ray.training.batches import Batch
+from lightning_ray.training.config import TrainConfig, settings_of
+from lightning_ray.training.parts import Parts
+from lightning_ray.training.shipping import ship_by_value
+from lightning_ray.training.state import PolicyState
+from lightning_ray.training.versions import Versions
+
+BATCH_TIMEOUT_S = 300.0
+
+
+@dataclass
+class Lesson:
+    """What one policy learns from in a step, and what came of it."""
+
+    sequences: "ray.ObjectRef"
+    """The batch's table, which does not pass through this process."""
+    batch: Batch
+    report: StepReport | None = None
+    """None when nothing was left to learn from."""
+    behind: int = 0
+    """Updates of the weights between its oldest token and these weights."""
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the weights changed."""
+        return self.report is not None and self.report.skipped is None
+
+    def metrics(self) -> dict[str, float]:
+        """Of this policy alone."""
+        batch = self.batch
+        return {
+            **({} if self.report is None else self.report.metrics()),
+            **batch.hygiene.metrics(),
+            "staleness": float(self.behind),
+            "groups_used": float(batch.used_groups),
+            "groups_flat": float(batch.flat_groups),
+            "groups_small": float(batch.small_groups),
+            "cut_calls": float(batch.cut.calls),
+            "cut_tokens": float(batch.cut.tokens),
+            "left_out": float(batch.left_out),
+            "sampled_tokens": float(batch.report.trainable_tokens),
+        }
+
+
+class Trainee:
+    """A policy that learns, with its algorithm and its parts."""
+
+    def __init__(self, config: TrainConfig, policy: PolicyConfig, parts: Parts, versions: Versions):
+        self.name = policy.name
+        self._config = config
+        self._own = settings_of(config, policy)
+        self._parts = parts
+        self._versions = versions
+        self._algorithm = make_algorithm(self._own.algorithm)
+        ship_by_value(self._algorithm)
+
+    def register_base(self) -> None:
+        """Enters the base model as version 0."""
+        self._versions.register(0, self._parts.base(self.name), None, 0, "base model")
+
+    def ask_batch(
+        self, records: Sequence[RolloutRecord], spans: Any, heldout: Any
+    ) -> tuple["ray.ObjectRef", "ray.ObjectRef"]:
+        """Has a step's batch built: references to its sequences, and to what is known of them.
+
+        `spans` are those of the records' attempts, or a reference to them; `heldout` is told to
+        the checks (see `make_batch`).
+        """
+        sequences, batch = self._parts.batches.make.options(num_returns=2).remote(
+            list(records),
+            spans,
+            self._algorithm,
+            self.name,
+            self._config.hygiene,
+            heldout,
+            self._own.algorithm,
+            self._own.credit,
+            self._config.training.max_sequence_tokens,
+        )
+        return sequences, batch
+
+    def learn(self, lesson: Lesson, state: PolicyState) -> None:
+        """One learner step on the lesson's batch, whose report it gets, if there is any to learn.
+
+        Raises PartLostError when the learner is lost.
+        """
+        batch = lesson.batch
+        if batch.rows:
+            lesson.report = self._parts.learners[self.name].step(
+                lesson.sequences,
+                self._algorithm.loss,
+                self._config.training.step_timeout_s,
+                own_loss(self._algorithm),
+            )
+        # Before the next version: these weights, and not those, were trained.
+        oldest = state.version if batch.oldest_version is None else batch.oldest_version
+        lesson.behind = state.behind(oldest)
+
+    def publish(self, state: PolicyState, step: int, mend: Callable[[], None]) -> None:
+        """Makes the learner's weights the next version, and hands it to the engines.
+
+        `mend` is called between the two: what died meanwhile is replaced first.
+        """
+        number, path = self._versions.publish(
+            self._parts.learners[self.name], state.version, step, self._own.algorithm.name
+        )
+        mend()
+        self._parts.groups[self.name].update_weights(str(path), number)
+        state.version = number
+        state.published.append(number)
+
+    def hand_over(self, state: PolicyState) -> None:
+        """Has the engines answer with the version that the run stands at, again."""
+        version = state.version
+        weights = self._versions.path(version) if version else self._parts.base(self.name)
+        self._parts.groups[self.name].update_weights(str(weights), version)
+
+    def prune(self, needed: set[int]) -> None:
+        """Removes the weights of old versions, but for those `needed`."""
+        self._versions.prune(needed)
+
+    def sample(self, lesson: Lesson, count: int) -> pa.Table:
+        """The first `count` sequences of a lesson."""
+        table: pa.Table = ray.get(lesson.sequences, timeout=BATCH_TIMEOUT_S)
+        return table.slice(0, count)
+
+
+def built(asked: "ray.ObjectRef", what: str) -> Any:
+    """What the batch maker answers. Raises InfrastructureError, beginning with `what`."""
+    try:
+        return ray.get(asked, timeout=BATCH_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        raise InfrastructureError(f"{what} within {BATCH_TIMEOUT_S:g} s") from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise InfrastructureError(f"{what}: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        raise InfrastructureError(f"{what}: {error}") from error
+
+
+def step_metrics(lessons: dict[str, Lesson], versions: dict[str, int]) -> dict[str, float]:
+    """The metrics of a step's lessons, by policy; `versions` are those after it.
+
+    Of one policy they have their plain names. Of several each name begins with its policy,
+    `planner/loss`, and what can be counted together stands without it too.
+    """
+    each = {
+        name: {"version": float(versions[name]), **lesson.metrics()}
+        for name, lesson in lessons.items()
+    }
+    if len(each) == 1:
+        return next(iter(each.values()))
+    found = {f"{name}/{key}": value for name, mine in each.items() for key, value in mine.items()}
+    for key in dict.fromkeys(key for mine in each.values() for key in mine):
+        values = [mine[key] for mine in each.values() if key in mine]
+        if key.startswith("hygiene_") or key in _SUMMED:
+            found[key] = sum(values)
+        elif key == "staleness":
+            found[key] = max(values)
+    return found
+
+
+_SUMMED = ("cut_calls", "cut_tokens", "left_out", "sampled_tokens")
