@@ -5,15 +5,18 @@ import logging
 import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.inference.arriving import Arriving
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.gate import WeightGate
 from lightning_ray.inference.meters import EngineMeters
 from lightning_ray.inference.recorder import CallRecorder
+from lightning_ray.policies.handover import Handed
 from lightning_ray.spans import SpanClient
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class EngineState:
     """Calls recorded since the engine started."""
     sampled_tokens: int
     """Tokens sampled in recorded calls since the engine started."""
+    node: str
+    """The node it is on, as Ray calls it."""
 
 
 class InferenceEngine:
@@ -65,6 +70,7 @@ class InferenceEngine:
         self._policy = policy
         self._names = names
         self._key = key
+        self._arriving = Arriving()
         self._meters = EngineMeters(policy)
         self._recorder = CallRecorder(spans.append, self._meters.call)
         self._gate = WeightGate(version)
@@ -78,6 +84,7 @@ class InferenceEngine:
         """Loads the model and serves it; returns the engine's base URL (no path)."""
         from lightning_ray.inference import vllm_internals as vllm
 
+        await self._written(self._model_dir)
         arguments = vllm.server_arguments(self._model_dir, self._names, self._config)
         self._engine = vllm.make_engine(arguments)
         self._engine.attach(self._recorder, self._gate, self._policy, self._config.update_timeout_s)
@@ -87,8 +94,18 @@ class InferenceEngine:
         self._url = await self._serve(app)
         return self._url
 
-    async def update_weights(self, folder: str, version: int, drain: bool = False) -> float:
+    async def update_weights(
+        self,
+        folder: str,
+        version: int,
+        drain: bool = False,
+        handed: Handed | None = None,
+        by_store: bool = False,
+    ) -> float:
         """Takes on the weights in `folder` as `version`; returns the seconds that calls waited.
+
+        `handed` says where else they are, and what they are; `by_store` not to take them from the
+        learner's memory.
 
         Calls inside stand still and then go on with the new version, or, to `drain`, finish on the
         one they began with first; those that come meanwhile wait. Taking on the version that
@@ -99,11 +116,29 @@ class InferenceEngine:
             return 0.0
         from lightning_ray.inference import vllm_internals as vllm
 
-        begun = time.monotonic()
         limit = self._config.update_timeout_s
+        file = digest = ""
+        if handed is not None:
+            digest = handed.digest
+            # Before calls have to wait.
+            file = await asyncio.to_thread(self._arriving.file, handed, by_store=by_store)
+        if not file:
+            await self._written(folder)
+        begun = time.monotonic()
         async with self._gate.change(version, limit, drain):
-            await vllm.load_weights(engine, folder, version, limit)
+            await vllm.load_weights(engine, folder, version, limit, file, digest)
         return time.monotonic() - begun
+
+    async def _written(self, folder: str) -> None:
+        """Waits until a version that was just handed over lies on disk."""
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                while not await asyncio.to_thread(Path(folder).is_dir):
+                    await asyncio.sleep(0.1)
+        except TimeoutError as error:
+            raise InfrastructureError(
+                f"{folder} was not there within {self._config.start_timeout_s:g} s"
+            ) from error
 
     async def state(self) -> EngineState:
         """The engine's address, version and counters."""
@@ -113,6 +148,7 @@ class InferenceEngine:
             self._gate.calls,
             self._recorder.calls,
             self._recorder.sampled_tokens,
+            str(ray.get_runtime_context().get_node_id()),
         )
 
     async def gone(self) -> None:

@@ -16,6 +16,7 @@ from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.engine import EngineState, InferenceEngine
 from lightning_ray.inference.lifeline import LIFELINE, SPIN
+from lightning_ray.policies.handover import Handed
 from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
@@ -76,12 +77,20 @@ class InferenceGroup:
             raise InfrastructureError(f"the vLLM engine did not start: {_cause(error)}") from error
         return self.urls
 
-    def update_weights(self, folder: str, version: int, drain: bool = False) -> float:
+    def update_weights(
+        self,
+        folder: str,
+        version: int,
+        drain: bool = False,
+        handed: Handed | None = None,
+        by_store: bool = False,
+    ) -> float:
         """Hands version `version`, a model folder, to every engine.
 
-        To `drain` is to let calls finish on the version they began with. Returns the longest time
-        that an engine's calls waited, seconds. Raises InfrastructureError when an engine did not
-        take it on.
+        `handed` says where else the weights are, and what they are: the folder may then be written
+        only now; `by_store` says not to take them from the learner's memory. To `drain` is to let
+        calls finish on the version they began with. Returns the longest time that an engine's
+        calls waited, seconds. Raises InfrastructureError when an engine did not take it on.
         """
         # For calls to drain, for the change, and for the engine to go on after one that failed.
         limit = 2 * self._config.update_timeout_s + 60.0
@@ -90,7 +99,8 @@ class InferenceGroup:
         while True:
             self._wait_replaced()
             pending = [
-                one.actor.update_weights.remote(folder, version, drain) for one in self._engines
+                one.actor.update_weights.remote(folder, version, drain, handed, by_store)
+                for one in self._engines
             ]
             try:
                 return max(ray.get(pending, timeout=limit))
@@ -107,6 +117,18 @@ class InferenceGroup:
                     raise InfrastructureError(
                         f"an engine did not take on version {version}: {_cause(error)}"
                     ) from error
+
+    def nodes(self) -> set[str]:
+        """The nodes that engines which answer are on, as Ray calls them."""
+        asked = [
+            e.actor.state.remote() for n, e in enumerate(self._engines) if n not in self._replacing
+        ]
+        try:
+            return {state.node for state in ray.get(asked, timeout=10.0)}
+        except ray.exceptions.RayError as error:
+            # One that has just died: where the others are is asked again for the next version.
+            log.info("an engine did not say which node it is on: %s", error)
+            return set()
 
     def states(self, timeout_s: float = 10.0) -> list[EngineState]:
         """What every engine says of itself."""

@@ -255,8 +255,17 @@ async def name_version(engine: RecordingLLM, version: int) -> None:
     await engine.engine_core.set_weight_version_async(str(version))
 
 
-async def load_weights(engine: RecordingLLM, folder: str, version: int, timeout_s: float) -> None:
-    """Replaces the weights by those of `version` in `folder`.
+async def load_weights(
+    engine: RecordingLLM,
+    folder: str,
+    version: int,
+    timeout_s: float,
+    file: str = "",
+    digest: str = "",
+) -> None:
+    """Replaces the weights by those of `version` in `folder`, or in `file` if there is one.
+
+    They must have the `Checksum` `digest`, if it is known.
 
     Calls inside stand still meanwhile and go on with the new weights: their keys and values, and
     whatever is kept of other prompts, are dropped with the old ones and computed anew. When it
@@ -267,7 +276,9 @@ async def load_weights(engine: RecordingLLM, folder: str, version: int, timeout_
         async with asyncio.timeout(timeout_s):
             await engine.pause_generation(mode="keep", clear_cache=True)
             # A bare load_weights would leave what a CPU computes with, packed at the start.
-            await engine.collective_rpc("replace_weights", timeout=timeout_s, args=(folder,))
+            await engine.collective_rpc(
+                "replace_weights", timeout=timeout_s, args=(folder, file, digest)
+            )
             await name_version(engine, version)
         whole = True
     finally:

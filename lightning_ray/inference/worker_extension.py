@@ -3,25 +3,46 @@
 vLLM calls these by name, in its worker processes.
 """
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
+from safetensors import safe_open
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
 )
+from vllm.model_executor.model_loader import get_model_loader
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.policies.handover import Checksum
 
 
 class ReplaceWeights:
     """Mixed into vLLM's worker (`worker_extension_cls`)."""
 
-    def replace_weights(self, folder: str) -> None:
+    def replace_weights(self, folder: str, file: str = "", digest: str = "") -> None:
         """Replace the weights by those in a model folder, and all that was made from them.
+
+        `file` holds the same weights in memory, where there is one: then that is read. `digest` is
+        the `Checksum` that they must have, if it is known. Raises InfrastructureError when what
+        was read has another.
 
         The worker's own reload redoes what loading does to a layer's weights, but only for layers
         that a checkpoint names. An output head that shares the embedding's weights is in none: on a
         CPU, which multiplies by a copy packed when the model was first loaded, it would go on
         answering with the first version's (vLLM 0.32; a GPU reads the shared weights).
         """
-        self.reload_weights(weights_path=folder)  # type: ignore[attr-defined]
+        checksum = Checksum()
+        weights = _of_file(file) if file else self._of_folder(folder)
+        if digest:
+            weights = checksum.through(weights)
+        self.reload_weights(weights_iterator=weights)  # type: ignore[attr-defined]
+        if digest and (found := checksum.hexdigest()) != digest:
+            raise InfrastructureError(
+                f"the weights of {folder} did not arrive as they were sent: their checksum is "
+                f"{found[:12]} and not {digest[:12]}"
+            )
         model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
         for module in model.modules():
             method = getattr(module, "quant_method", None)
@@ -29,3 +50,20 @@ class ReplaceWeights:
                 method, UnquantizedEmbeddingMethod
             ):
                 method.process_weights_after_loading(module)
+
+    def _of_folder(self, folder: str) -> Iterable[tuple[str, torch.Tensor]]:
+        """The weights of a model folder, as vLLM's own loader reads them."""
+        settings: Any = self.vllm_config  # type: ignore[attr-defined]
+        settings.model_config.model = folder
+        loader: Any = get_model_loader(settings.load_config)
+        found: Iterable[tuple[str, torch.Tensor]] = loader.get_all_weights(
+            settings.model_config,
+            self.get_model(),  # type: ignore[attr-defined]
+        )
+        return found
+
+
+def _of_file(file: str) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 (it is no dict)
+            yield name, opened.get_tensor(name)

@@ -125,7 +125,8 @@ def _score(
     prefix = f"v{version.number:05d}"
     specs = rollout_specs(prefix, secrets.token_hex(3), tasks, samples, config, heldout=True)
     with progress.phase(f"scoring {version.label}", slow=True):
-        records = run_rollouts(parts.queue, specs, config.rollouts.batch_timeout_s, progress)
+        limit = config.rollouts.batch_timeout_s
+        records = run_rollouts(parts.queue, specs, limit, progress, parts.mend)
     note_failures(records, progress)
     if not any(came_to_reward(record) for record in records):
         raise UserError(f"no rollout came to a reward; the first: {why(records[0])}")

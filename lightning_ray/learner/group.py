@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from lightning_ray.algorithms.base import TokenLoss
 from lightning_ray.algorithms.config import LossConfig, check_loss
-from lightning_ray.errors import InfrastructureError, PartLostError, UserError
+from lightning_ray.errors import InfrastructureError, LightningRayError, PartLostError
 from lightning_ray.learner.config import LearnerConfig, check_learner, check_model_dir
 from lightning_ray.learner.report import StepReport
+from lightning_ray.policies.handover import Handed, Way
 
 if TYPE_CHECKING:
     import ray
@@ -98,6 +99,35 @@ class LearnerGroup:
         self._call("publish", timeout_s, str(target))
         return target
 
+    def hand_over(self, path: str | Path, way: Way, timeout_s: float) -> Handed:
+        """Hand the present weights over to engines, as the version of a model folder.
+
+        On another way than `disk` the folder is there after `settle`.
+
+        Raises:
+            FileExistsError: the folder exists; a version is never overwritten.
+        """
+        target = _new_folder(path)
+        handed: Handed = self._call("hand_over", timeout_s, str(target), way)[0]
+        return handed
+
+    def node(self, timeout_s: float = 30.0) -> str:
+        """The node that weights are handed over from, as Ray calls it."""
+        found: str = self._get([self._workers[0].node.remote()], timeout_s, "the learner's node")[0]
+        return found
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until what was handed over last lies on disk, whole.
+
+        Raises:
+            InfrastructureError: it could not be written, or not in time.
+        """
+        if not self._workers:
+            raise InfrastructureError("the learner was stopped before settle")
+        limit = timeout_s + 30.0
+        settling = [self._workers[0].settle.remote(timeout_s)]
+        self._get(settling, limit, "the learner's version to be written")
+
     def save_checkpoint(self, path: str | Path, state: dict[str, Any], timeout_s: float) -> Path:
         """Save everything a later run needs to go on, with the caller's own JSON state.
 
@@ -164,7 +194,7 @@ class LearnerGroup:
             raise PartLostError(f"a learner actor was lost during {what}: {error}") from error
         except ray.exceptions.RayTaskError as error:
             # Ray wraps what an actor raised; what is meant for the user must stay so.
-            if isinstance(error.cause, UserError | FileExistsError):
+            if isinstance(error.cause, LightningRayError | FileExistsError):
                 raise error.cause from error
             raise
         return results

@@ -12,10 +12,13 @@ from lightning_ray.learner.folders import copy_companions
 from lightning_ray.learner.lora import adapter_weights, merged_weights, write_adapter_settings
 
 
-def whole_weights(model: nn.Module, dtype: torch.dtype, wanted: bool) -> dict[str, Tensor]:
+def whole_weights(
+    model: nn.Module, dtype: torch.dtype, wanted: bool, copy: bool = True
+) -> dict[str, Tensor]:
     """Every weight on this rank's CPU, by name; nothing where it is not `wanted`.
 
-    All ranks call it at the same time: with ZeRO 3 each has a part of every weight.
+    Without `copy` they are the model's own where they can be, and change with it. All ranks call
+    it at the same time: with ZeRO 3 each has a part of every weight.
     """
     weights: dict[str, Tensor] = {}
     copied: dict[int, Tensor] = {}
@@ -23,9 +26,10 @@ def whole_weights(model: nn.Module, dtype: torch.dtype, wanted: bool) -> dict[st
         # One at a time: the whole model need not fit beside what a rank has.
         with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
             if wanted:
+                own = copy or hasattr(value, "ds_id")
                 # What has two names, as a head that is the embedding, is one tensor here too.
                 if id(value) not in copied:
-                    copied[id(value)] = value.detach().to("cpu", dtype, copy=True)
+                    copied[id(value)] = value.detach().to("cpu", dtype, copy=own)
                 weights[name] = copied[id(value)]
     return weights
 

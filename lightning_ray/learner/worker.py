@@ -53,12 +53,14 @@ from lightning_ray.learner.packing import (
 from lightning_ray.learner.report import StepReport, averages
 from lightning_ray.learner.reshaping import load_engine
 from lightning_ray.learner.schedule import learning_rate
+from lightning_ray.policies.handover import Handed, Way
 from lightning_ray.trajectories.batch import list_arrays
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_ray.algorithms.losses import Part
+    from lightning_ray.learner.outgoing import Outgoing
 
 CHECKPOINT_TAG = "learner"
 
@@ -79,6 +81,7 @@ class LearnerWorker:
         self.rank = rank
         self._steps = 0
         self._reference: Any = None
+        self._outgoing: Outgoing | None = None
 
     def address(self) -> tuple[str, int, str]:
         """What `setup` needs if this is rank 0: its host, a free port there, bf16 or fp32."""
@@ -88,6 +91,12 @@ class LearnerWorker:
         with socket.socket() as free:
             free.bind(("", 0))
             return host, free.getsockname()[1], resolved_dtype(self.config)
+
+    def node(self) -> str:
+        """The node it is on, as Ray calls it."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def setup(self, host: str, port: int, dtype: str) -> None:
         """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`.
@@ -202,10 +211,7 @@ class LearnerWorker:
         """
         import torch
 
-        # Before anything is written, and on every rank, so that all of them raise or none.
-        if Path(path).exists():
-            raise FileExistsError(f"{path} exists and is never overwritten")
-        torch.distributed.barrier()
+        _refuse(path)
         from lightning_ray.learner.publishing import whole_weights, write_model
 
         model = self.engine.module.model
@@ -217,6 +223,40 @@ class LearnerWorker:
             commit_folder(partial, target)
         torch.distributed.barrier()
 
+    def hand_over(self, path: str, way: Way) -> Handed | None:
+        """Hand the whole model's weights over to engines; the first rank says where they are.
+
+        On another way than `disk` the folder `path` is there after `settle`, which must have been
+        called for the version before.
+
+        Raises:
+            FileExistsError: the folder exists; a version is never overwritten.
+        """
+        import torch
+
+        _refuse(path)
+        from lightning_ray.learner.lora import merged_weights
+        from lightning_ray.learner.outgoing import Outgoing, checkpoint_tensors
+        from lightning_ray.learner.publishing import whole_weights
+
+        model, lora = self.engine.module.model, self.config.lora
+        weights = whole_weights(model, self._dtype, self.rank == 0, copy=False)
+        handed = None
+        if self.rank == 0:
+            if lora.rank:
+                weights = merged_weights(weights, lora)
+            if self._outgoing is None:
+                self._outgoing = Outgoing(self.model_dir)
+            tensors = checkpoint_tensors(model, weights)
+            handed = self._outgoing.hand_over(Path(path), tensors, way)
+        torch.distributed.barrier()
+        return handed
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until what was handed over lies on disk; see `Outgoing.settle`."""
+        if self._outgoing is not None:
+            self._outgoing.settle(timeout_s)
+
     def save_checkpoint(self, path: str, state: dict[str, Any]) -> None:
         """Save weights, optimiser, random generators and the caller's JSON `state` in a new folder.
 
@@ -225,9 +265,7 @@ class LearnerWorker:
         """
         import torch
 
-        if Path(path).exists():
-            raise FileExistsError(f"{path} exists and is never overwritten")
-        torch.distributed.barrier()
+        _refuse(path)
         target = Path(path)
         partial = target.with_name(f".{target.name}.partial")
         if self.rank == 0:
@@ -398,3 +436,12 @@ class LearnerWorker:
         """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
+
+
+def _refuse(path: str) -> None:
+    """Before anything is written, and on every rank, so that all of them raise or none."""
+    import torch
+
+    if Path(path).exists():
+        raise FileExistsError(f"{path} exists and is never overwritten")
+    torch.distributed.barrier()

@@ -24,7 +24,12 @@ class RolloutsConfig:
     """How tasks become rollouts."""
 
     num_workers: int = 1
-    """Worker actors that launch agents."""
+    """Worker actors that launch agents; there are never fewer."""
+    max_workers: int = 0
+    """Workers that there may be while more rollouts wait than `num_workers` can run; 0 is no more
+    than these. With `num_cpus` above 0 Ray's autoscaler brings the nodes for them."""
+    idle_s: float = 120.0
+    """After fewer would have done for so long, the workers above `num_workers` go, seconds."""
     slots_per_worker: int = 64
     """Agents that one worker runs at the same time."""
     max_attempts: int = 2
@@ -58,7 +63,12 @@ def check_rollouts(config: RolloutsConfig) -> None:
     for name in ("num_workers", "slots_per_worker", "max_attempts"):
         if getattr(config, name) < 1:
             raise UserError(f"rollouts.{name}={getattr(config, name)}: must be at least 1")
-    for name in ("grace_s", "batch_timeout_s", "worker_lost_s"):
+    if config.max_workers and config.max_workers < config.num_workers:
+        raise UserError(
+            f"rollouts.max_workers={config.max_workers}: must be 0, or at least "
+            f"rollouts.num_workers={config.num_workers}"
+        )
+    for name in ("grace_s", "batch_timeout_s", "worker_lost_s", "idle_s"):
         if getattr(config, name) <= 0:
             raise UserError(f"rollouts.{name}={getattr(config, name)}: must be above 0 seconds")
     for name in ("linger_s", "silence_s", "max_faults"):

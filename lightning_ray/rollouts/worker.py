@@ -72,6 +72,7 @@ class RolloutWorker:
         self._spans = spans
         self._gateway_url = gateway_url
         self._running: list[asyncio.Task[None]] = []
+        self._draining = False
         self._launcher: Launcher | None = None
         self._grader: Grader | None = None
 
@@ -86,6 +87,13 @@ class RolloutWorker:
     async def gone(self) -> None:
         """Never returns: who asked is told by Ray when this process has died."""
         await asyncio.Event().wait()
+
+    async def drain(self) -> None:
+        """Takes no more work, lets the agents that run come to their own end, and stops."""
+        self._draining = True
+        await self._retire()
+        await asyncio.gather(*self._running[: self._slots], return_exceptions=True)
+        await self.stop()
 
     async def stop(self) -> None:
         """Stops the agents that run, and takes no more work."""
@@ -104,7 +112,7 @@ class RolloutWorker:
             log.info("the rollout queue did not hear that this worker stops: %s", error)
 
     async def _work(self) -> None:
-        while True:
+        while not self._draining:
             # The same again when the call is repeated: so nothing is handed out to nobody.
             request = secrets.token_urlsafe(24)
             try:

@@ -1,11 +1,13 @@
-"""The rollout workers of a job: started, replaced when they die, stopped.
+"""The rollout workers of a job: started, replaced when they die, more and fewer of them, stopped.
 
 Invariant: what a dead worker ran is tried again as soon as its death is seen, not when its attempts
 are overdue; that is a fault, which costs the agent none of its attempts.
 """
 
 import logging
+import math
 import secrets
+import time
 from dataclasses import dataclass
 
 import ray
@@ -13,6 +15,7 @@ from ray.actor import ActorHandle
 
 from lightning_ray.agents import AgentConfig
 from lightning_ray.rollouts.config import RolloutsConfig
+from lightning_ray.rollouts.lives import Counts
 from lightning_ray.rollouts.queue_client import QueueClient
 from lightning_ray.rollouts.worker import RolloutWorker
 from lightning_ray.spans import SpanClient
@@ -34,7 +37,7 @@ class _Worker:
 
 
 class WorkerGroup:
-    """`config.num_workers` workers that take from one queue."""
+    """`config.num_workers` workers, or up to `config.max_workers`, that take from one queue."""
 
     def __init__(
         self,
@@ -55,6 +58,10 @@ class WorkerGroup:
             max_restarts=0,
         )
         self._workers = [self._start() for _ in range(config.num_workers)]
+        self._leaving: dict[str, tuple[_Worker, ray.ObjectRef]] = {}
+        """Those that take no more work, and when what they run has ended."""
+        self._enough_since: float | None = None
+        """Since when fewer workers would do."""
         ray.get([worker.started for worker in self._workers], timeout=START_TIMEOUT_S)
 
     def mend(self) -> int:
@@ -62,6 +69,7 @@ class WorkerGroup:
 
         Does not wait for the new ones. Raises InfrastructureError when the queue does not answer.
         """
+        self._see_off()
         gone, _ = ray.wait(
             [worker.gone for worker in self._workers], num_returns=len(self._workers), timeout=0
         )
@@ -72,11 +80,53 @@ class WorkerGroup:
             self._workers[self._workers.index(worker)] = self._start()
         return len(dead)
 
+    def fit(self, counts: Counts, now: float | None = None) -> int:
+        """Starts workers when more rollouts wait than those there can run, and lets workers go when
+        fewer would have done for `idle_s` seconds; returns how many more there are, or fewer.
+
+        A worker that goes ends what it runs first; a new one is not waited for. `now` is on the
+        monotonic clock.
+        """
+        config, now = self._config, time.monotonic() if now is None else now
+        wanted = math.ceil((counts.queued + counts.running) / config.slots_per_worker)
+        most = max(config.max_workers, config.num_workers)
+        change = min(max(wanted, config.num_workers), most) - len(self._workers)
+        if change >= 0:
+            self._enough_since = None
+            self._workers += [self._start() for _ in range(change)]
+            return change
+        if self._enough_since is None:
+            self._enough_since = now
+        if now < self._enough_since + config.idle_s:
+            return 0
+        self._enough_since = None
+        busy = {record.worker: record.running for record in self._queue.workers()}
+        for worker in sorted(self._workers, key=lambda one: busy.get(one.name, 0))[:-change]:
+            self._workers.remove(worker)
+            self._leaving[worker.name] = (worker, worker.actor.drain.remote())
+        return change
+
+    @property
+    def count(self) -> int:
+        """Workers that take work, those that are starting among them."""
+        return len(self._workers)
+
+    def _see_off(self) -> None:
+        """Ends the workers that have nothing left to do."""
+        for name, (worker, drained) in list(self._leaving.items()):
+            if not ray.wait([drained], timeout=0)[0]:
+                continue
+            del self._leaving[name]
+            # One that died on its way out, say with the node it was on, leaves what it ran.
+            self._queue.lose(name)
+            ray.kill(worker.actor)
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """Stops the workers and every agent they run."""
-        stopping = [worker.actor.stop.remote() for worker in self._workers]
+        workers = [*self._workers, *(worker for worker, _ in self._leaving.values())]
+        stopping = [worker.actor.stop.remote() for worker in workers]
         ray.wait(stopping, num_returns=len(stopping), timeout=timeout_s)
-        for worker in self._workers:
+        for worker in workers:
             ray.kill(worker.actor)
 
     def _start(self) -> _Worker:

@@ -34,7 +34,6 @@ from lightning_ray.training.names import MEASURING, REHEARSAL
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
-from lightning_ray.training.restarts import Restarts
 from lightning_ray.training.rolling import (
     came_to_reward,
     note_failures,
@@ -81,7 +80,6 @@ class Conductor:
             self._trainees.append(Trainee(config, policy, parts, versions))
         self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
-        self._restarts = Restarts(config.training.max_restarts)
         self.scored: list[Side] = []
         """What `evaluate` saw since this process began, oldest first."""
         # Rollouts of an evaluation that is done again must not be taken for the first ones.
@@ -95,6 +93,8 @@ class Conductor:
     def restore(self, checkpoint: Path) -> None:
         """Continues from a checkpoint of this run."""
         self.state = self._checkpoints.load(checkpoint, self._parts.learners)
+        for name in self.trained:
+            self._folder.empty_partial_versions(name)
         self._hygiene.restore(self.state.step)
 
     @property
@@ -253,9 +253,7 @@ class Conductor:
 
     def _mend(self) -> None:
         """Replaces parts that have died, such as rollout workers, and goes on."""
-        for line in self._parts.mend():
-            self._progress.note(line)
-            self._restarts.count(line, self.state.step)
+        self._parts.mend(self.state.step)
 
     def _go_back(self, lost: PartLostError) -> None:
         """Starts the learner anew and goes on from the last checkpoint, or from the beginning.
@@ -263,7 +261,9 @@ class Conductor:
         Raises InfrastructureError when that happens again and again.
         """
         why_lost = str(lost).splitlines()[0]
-        self._restarts.count(why_lost, self.state.step)
+        self._parts.restarts.count(why_lost, self.state.step)
+        for trainee in self._trainees:
+            trainee.give_up()
         self._parts.replace_learners()
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is not None:
@@ -359,6 +359,9 @@ class Conductor:
 
     def _checkpoint(self) -> None:
         with self._progress.phase("checkpoint"):
+            # A run that is resumed here goes on with these versions.
+            for trainee in self._trainees:
+                trainee.settle()
             self._checkpoints.save(self._parts.learners, self.state)
 
     def _require_usable(self, records: Sequence[RolloutRecord]) -> None:

@@ -13,6 +13,7 @@ from lightning_ray.gateway import GatewayConfig, ServingConfig, check_gateway, m
 from lightning_ray.inference import InferenceConfig, check_inference
 from lightning_ray.learner import LearnerConfig
 from lightning_ray.policies import PolicyConfig, settle_policies
+from lightning_ray.policies.handover import Way
 from lightning_ray.rollouts import RolloutsConfig, check_rollouts
 from lightning_ray.spans import SpansConfig, check_spans
 from lightning_ray.tracking import TrackingConfig
@@ -38,6 +39,9 @@ class TrainingConfig:
     """Most updates of the weights between a token and the step that learns from it. 0: the next
     rollouts begin when a step is done; above, they go on while the learner learns, and a group
     with older tokens is dropped."""
+    weights: Way = Way.AUTO
+    """How new weights go from the learner to the engines: auto, disk, shared_memory or
+    object_store."""
     checkpoint_every: int = 10
     """Steps between checkpoints of weights, optimiser and run state."""
     keep_checkpoints: int = 2

@@ -24,7 +24,7 @@ from lightning_ray.errors import UserError
 from lightning_ray.tracking import write_json
 
 _CHECKPOINT = re.compile(r"step-(\d+)$")
-_VERSION = re.compile(r"\d+$")
+_VERSION = re.compile(r"\d+$|\.\d+\.partial$")
 _REMOVING = ".removing-"
 
 
@@ -129,14 +129,22 @@ class RunFolder:
         return self.versions_of(policy) / str(number)
 
     def last_version(self, policy: str) -> int:
-        """The highest version with a folder; 0 when only the base model is there."""
+        """The highest number that was given to a version, also to one that was not written whole;
+        0 when only the base model is there."""
         found = self._numbered(self.versions_of(policy), _VERSION)
-        return int(found[-1].name) if found else 0
+        return self._number(found[-1]) if found else 0
+
+    def empty_partial_versions(self, policy: str) -> None:
+        """Frees what versions take that were never written whole; their numbers stay taken."""
+        for left in self.versions_of(policy).glob(".*.partial"):
+            shutil.rmtree(left)
+            left.mkdir()
 
     @staticmethod
-    def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-        def number(path: Path) -> int:
-            return int(re.findall(r"\d+", path.name)[-1])
+    def _number(path: Path) -> int:
+        return int(re.findall(r"\d+", path.name)[-1])
 
+    @classmethod
+    def _numbered(cls, folder: Path, pattern: re.Pattern[str]) -> list[Path]:
         found = [p for p in folder.iterdir() if pattern.match(p.name)] if folder.is_dir() else []
-        return sorted(found, key=number)
+        return sorted(found, key=cls._number)

@@ -31,6 +31,7 @@ from lightning_ray.tracking import Progress
 from lightning_ray.training.batch_maker import start_batch_maker
 from lightning_ray.training.config import TrainConfig, settings_of
 from lightning_ray.training.folder import RunFolder
+from lightning_ray.training.restarts import Restarts
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Parts:
         self._base = base
         self._progress = progress
         self._stack = ExitStack()
+        self.restarts = Restarts(config.training.max_restarts)
         self.groups = {}
         self.learners = {}
         self._held = False
@@ -164,10 +166,11 @@ class Parts:
         self._at_end(group.stop)
         return group
 
-    def mend(self) -> list[str]:
-        """Replaces what has died and can be replaced while the run goes on; says what, a line each.
+    def mend(self, step: int = 0) -> None:
+        """Replaces what has died and can be replaced while the job goes on, and says so.
 
-        Raises InfrastructureError when an engine does not come back.
+        `step` is the number of steps trained. Raises InfrastructureError when an engine does not
+        come back, or when parts die again and again.
         """
         lines = []
         if died := self.workers.mend():
@@ -179,7 +182,18 @@ class Parts:
         if (silent := any(not group.alive for group in self.groups.values())) != self._held:
             self.queue.hold(silent)
             self._held = silent
-        return lines
+        for line in lines:
+            self._progress.note(line)
+            self.restarts.count(line, step)
+        if self._config.rollouts.max_workers and not silent:
+            self._fit_workers()
+
+    def _fit_workers(self) -> None:
+        change = self.workers.fit(self.queue.counts())
+        if change:
+            what = "more started" if change > 0 else "released"
+            there = self.workers.count
+            self._progress.note(f"{abs(change)} rollout workers {what}; there are {there}")
 
     def start_learner(self) -> None:
         """Starts learners alone: for a job that learns from what is there and runs no agent."""

@@ -189,7 +189,7 @@ class PromptTuner:
     def _roll(self, specs: Sequence[Any]) -> tuple[list[RolloutRecord], Any]:
         """Runs rollouts; returns their records and the spans of their latest attempts."""
         limit = self._config.rollouts.batch_timeout_s
-        records = run_rollouts(self._parts.queue, specs, limit, self._progress)
+        records = run_rollouts(self._parts.queue, specs, limit, self._progress, self._parts.mend)
         note_failures(records, self._progress)
         spans = self._parts.store.get([r.attempt_id for r in records if r.attempts])
         self.cost_usd += cost_usd(spans)

@@ -15,13 +15,14 @@ from lightning_ray.algorithms import make_algorithm, own_loss
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.learner import StepReport
 from lightning_ray.policies import PolicyConfig
+from lightning_ray.policies.handover import Way
 from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.training.batches import Batch
 from lightning_ray.training.config import TrainConfig, settings_of
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.shipping import ship_by_value
 from lightning_ray.training.state import PolicyState
-from lightning_ray.training.versions import Versions
+from lightning_ray.training.versions import PUBLISH_TIMEOUT_S, Versions
 
 BATCH_TIMEOUT_S = 300.0
 
@@ -71,6 +72,9 @@ class Trainee:
         self._versions = versions
         self._algorithm = make_algorithm(self._own.algorithm)
         ship_by_value(self._algorithm)
+        self._unsettled: tuple[int, int, int, str] | None = None
+        """Of a version that may not lie on disk yet: number, parent, step, checksum."""
+        self._found: Way | None = None
 
     def register_base(self) -> None:
         """Enters the base model as version 0."""
@@ -117,15 +121,41 @@ class Trainee:
     def publish(self, state: PolicyState, step: int, mend: Callable[[], None]) -> None:
         """Makes the learner's weights the next version, and hands it to the engines.
 
-        `mend` is called between the two: what died meanwhile is replaced first.
+        It is registered when it lies on disk (`settle`), which goes on meanwhile. `mend` is called
+        between the two: what died meanwhile is replaced first.
         """
-        number, path = self._versions.publish(
-            self._parts.learners[self.name], state.version, step, self._own.algorithm.name
-        )
+        self.settle()
+        number = self._versions.next(state.version)
+        path = self._versions.path(number)
+        handed = self._parts.learners[self.name].hand_over(path, self._way(), PUBLISH_TIMEOUT_S)
+        self._unsettled = (number, state.version, step, handed.digest)
         mend()
-        self._parts.groups[self.name].update_weights(str(path), number)
+        by_store = self._config.training.weights is Way.OBJECT_STORE
+        self._parts.groups[self.name].update_weights(
+            str(path), number, handed=handed, by_store=by_store
+        )
         state.version = number
         state.published.append(number)
+
+    def settle(self) -> None:
+        """Waits until the newest version lies on disk, and registers it.
+
+        Raises PartLostError when the learner died before, InfrastructureError when it cannot be
+        written.
+        """
+        if self._unsettled is None:
+            return
+        number, parent, step, digest = self._unsettled
+        self._parts.learners[self.name].settle(PUBLISH_TIMEOUT_S)
+        self._unsettled = None
+        made_by = self._own.algorithm.name
+        self._versions.register(number, self._versions.path(number), parent, step, made_by, digest)
+
+    def give_up(self) -> None:
+        """Drops what a learner that died had not written; its number stays taken."""
+        if self._parts.learners[self.name].lost:
+            self._unsettled = None
+        self.settle()
 
     def hand_over(self, state: PolicyState) -> None:
         """Has the engines answer with the version that the run stands at, again."""
@@ -136,6 +166,17 @@ class Trainee:
     def prune(self, needed: set[int]) -> None:
         """Removes the weights of old versions, but for those `needed`."""
         self._versions.prune(needed)
+
+    def _way(self) -> Way:
+        """How weights travel: where the engines are does not change in a run."""
+        chosen = self._config.training.weights
+        if chosen is not Way.AUTO:
+            return chosen
+        if self._found is None:
+            here = {self._parts.learners[self.name].node()}
+            elsewhere = self._parts.groups[self.name].nodes() - here
+            self._found = Way.OBJECT_STORE if elsewhere else Way.SHARED_MEMORY
+        return self._found
 
     def sample(self, lesson: Lesson, count: int) -> pa.Table:
         """The first `count` sequences of a lesson."""

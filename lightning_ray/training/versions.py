@@ -22,9 +22,15 @@ class Versions:
         self._registry = registry
 
     def register(
-        self, number: int, path: Path, parent: int | None, step: int, created_by: str
+        self,
+        number: int,
+        path: Path,
+        parent: int | None,
+        step: int,
+        created_by: str,
+        digest: str | None = None,
     ) -> None:
-        """Enters a version whose weights lie in `path`."""
+        """Enters a version whose weights lie in `path`; `digest` is their `Checksum`."""
         self._registry.register(
             PolicyVersion(
                 policy=self._policy.name,
@@ -34,6 +40,7 @@ class Versions:
                 parent=parent,
                 step=step,
                 created_by=created_by,
+                digest=digest,
                 base_model=self._policy.model,
             )
         )
@@ -42,6 +49,11 @@ class Versions:
         """Where the weights of a version lie that the run made."""
         return self._folder.version(self._policy.name, number)
 
+    def next(self, parent: int) -> int:
+        """The number of a version that is made now, from `parent`."""
+        # Those that a run lost when it was stopped keep their numbers.
+        return max(self._folder.last_version(self._policy.name), parent) + 1
+
     def publish(
         self, learner: LearnerGroup, parent: int, step: int, created_by: str
     ) -> tuple[int, Path]:
@@ -49,8 +61,7 @@ class Versions:
 
         Returns its number and the folder of its weights.
         """
-        # Those that a run lost when it was stopped keep their numbers.
-        number = max(self._folder.last_version(self._policy.name), parent) + 1
+        number = self.next(parent)
         path = learner.publish(self.path(number), PUBLISH_TIMEOUT_S)
         self.register(number, path, parent, step, created_by)
         return number, path

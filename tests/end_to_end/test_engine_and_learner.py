@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import numpy as np
@@ -19,14 +19,17 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from end_to_end.shared_engine import SharedEngine
 from lightning_ray.algorithms import LossConfig
 from lightning_ray.cluster.processor import multiplies_bfloat16
+from lightning_ray.errors import InfrastructureError
 from lightning_ray.inference import Attribution, InferenceGroup, attribution_headers
 from lightning_ray.jobs.compose import compose_config
 from lightning_ray.learner import LearnerGroup
+from lightning_ray.policies.handover import Checksum, Way
 from lightning_ray.spans import SpanClient
 from lightning_ray.training import TrainConfig
 from lightning_ray.trajectories import build_sequences, trainable_counts, with_advantages
@@ -335,6 +338,50 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
             own, others = apart[mine][chosen].mean(), apart[other][chosen].mean()
             print(f"{chosen.sum()} tokens: {own:.4f} from their own weights, {others:.4f} else")
             assert own < TOLERANCE < others
+    stack.shared.take_on(stack.shared.base)
+
+
+@pytest.mark.parametrize("way", [Way.SHARED_MEMORY, Way.OBJECT_STORE, Way.DISK])
+def test_weights_arrive_by_every_way_as_they_were_sent(stack, tmp_path, way):
+    """The engine's logprobs are then the learner's; the folder comes, with the same weights."""
+    batch = stack.sample(f"sent-{way}", 8)
+    attempts = batch["attempt_id"].to_pylist()
+    batch = ray.put(with_advantages(batch, {a: float(n % 2) for n, a in enumerate(attempts)}))
+    assert stack.learner.step(batch, LossConfig(), 300).skipped is None
+    folder, version = tmp_path / "versions" / "1", stack.shared.version + 1
+    handed = stack.learner.hand_over(folder, way, 120)
+    assert bool(handed.memory) is (way is not Way.DISK)
+    assert bool(handed.data) is (way is Way.OBJECT_STORE)
+    stack.engines.update_weights(
+        str(folder), version, handed=handed, by_store=way is Way.OBJECT_STORE
+    )
+    stack.shared.version = version
+    agreed = stack.difference(stack.sample(f"arrived-{way}", 32))
+    print(f"{way}: {agreed:.4f}")
+    assert agreed <= AGREED
+    stack.learner.settle(120)
+    written, checksum = load_file(folder / "model.safetensors"), Checksum()
+    for name, tensor in written.items():
+        checksum.add(name, tensor)
+    assert checksum.hexdigest() == handed.digest
+    AutoModelForCausalLM.from_pretrained(folder)
+    # Read from the folder they are the same to the engine.
+    before = stack.engines.weight_digests()
+    stack.shared.take_on(folder)
+    assert stack.engines.weight_digests() == before
+
+
+def test_weights_that_arrive_damaged_answer_nobody(stack, tmp_path):
+    folder = tmp_path / "versions" / "1"
+    handed = stack.learner.hand_over(folder, Way.SHARED_MEMORY, 120)
+    wrong = replace(handed, digest="0" * 64)
+    with pytest.raises(InfrastructureError, match="did not arrive as they were sent"):
+        stack.engines.update_weights(str(folder), stack.shared.version + 1, handed=wrong)
+    assert stack.post("damaged", **question(5)).status_code >= 500
+    stack.engines.update_weights(str(folder), stack.shared.version + 1, handed=handed)
+    stack.shared.version += 1
+    assert stack.post("mended", **question(5)).status_code == 200
+    stack.learner.settle(120)
     stack.shared.take_on(stack.shared.base)
 
 

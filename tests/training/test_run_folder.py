@@ -90,9 +90,15 @@ def test_versions_are_counted_from_what_is_on_disk(tmp_path: Path) -> None:
     assert folder.last_version("planner") == 0
     for number in (2, 10, 9):
         folder.version("planner", number).mkdir(parents=True)
-    for name in (".11.partial", "11.partial", "best"):
+    for name in ("11.partial", "best"):
         (folder.versions_of("planner") / name).mkdir()
     assert folder.last_version("planner") == 10
+    # The number of one that was never written whole is taken, and what it took is freed.
+    partial = folder.versions_of("planner") / ".12.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_text("half")
+    folder.empty_partial_versions("planner")
+    assert list(partial.iterdir()) == [] and folder.last_version("planner") == 12
     folder.versions.rename(tmp_path / "gone")
     assert folder.last_version("planner") == 0
 

@@ -1,0 +1,191 @@
+"""Weights on their way out of the learner's first rank: into memory for the engines, and to disk.
+
+Invariant: a version's folder appears whole or not at all. The memory is written anew only after
+the version in it lies on disk, so that what engines read does not change under them.
+"""
+
+import json
+import mmap
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ray.errors import InfrastructureError
+from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
+from lightning_ray.policies.handover import Checksum, Handed, Way
+
+WEIGHTS = "model.safetensors"
+# The names of the types in a safetensors file.
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_COPY_BYTES = 1 << 26
+
+
+class MemoryFile:
+    """A safetensors file in memory of this process; others of this node open it by `path`."""
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("lightning-ray-weights", os.MFD_CLOEXEC)
+        self._map: mmap.mmap | None = None
+        self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+        self.nbytes = 0
+        """Length of the file."""
+
+    def write(self, tensors: Mapping[str, Tensor]) -> str:
+        """Replaces what is there; returns the `Checksum` of the tensors.
+
+        The format: https://huggingface.co/docs/safetensors, section "Format".
+        """
+        # By falling size of the type, so that every tensor begins where its type may.
+        ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, tensor in ordered:
+            begin, end = end, end + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": _TYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._resize(8 + len(text) + end)
+        assert self._map is not None
+        self._map[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+        checksum = Checksum()
+        for name, tensor in ordered:
+            if not tensor.numel():
+                checksum.add(name, tensor)
+                continue
+            place = 8 + len(text) + header[name]["data_offsets"][0]
+            there = torch.frombuffer(
+                self._map, dtype=tensor.dtype, count=tensor.numel(), offset=place
+            ).view(tensor.shape)
+            there.copy_(tensor)
+            checksum.add(name, there)
+        return checksum.hexdigest()
+
+    def bytes(self) -> Tensor:
+        """The file, uint8[nbytes]; changes with the next `write`."""
+        assert self._map is not None
+        return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def copy_to(self, path: Path) -> None:
+        """Writes the file to disk; does not make sure that it is there."""
+        with path.open("wb") as file:
+            done = 0
+            while done < self.nbytes:
+                # Inside the kernel, so that a step that computes meanwhile is not held up.
+                done += os.sendfile(file.fileno(), self._file, done, _COPY_BYTES)
+
+    def _resize(self, nbytes: int) -> None:
+        if nbytes == self.nbytes:
+            # Its pages are there already, which is half the time of writing them.
+            return
+        self._map = None
+        os.ftruncate(self._file, nbytes)
+        self._map = mmap.mmap(self._file, nbytes)
+        self.nbytes = nbytes
+
+
+def checkpoint_tensors(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the model's own checkpoints name and shape them; each once.
+
+    What transformers does when it saves a model, without the saving.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = set(model._keys_to_ignore_on_save or ())
+    kept = {name: value for name, value in weights.items() if name not in ignored}
+    kept = remove_tied_weights_from_state_dict(kept, model)
+    found: dict[str, Tensor] = revert_weight_conversion(model, kept)
+    return found
+
+
+class Outgoing:
+    """Hands versions over, one after the other."""
+
+    def __init__(self, base: Path):
+        """`base` is the folder of the model that the weights are of."""
+        self._base = base
+        self._memory: MemoryFile | None = None
+        self._writing: threading.Thread | None = None
+        self._failed: Exception | None = None
+        self._target = Path()
+
+    def hand_over(self, target: Path, tensors: dict[str, Tensor], way: Way) -> Handed:
+        """Hands over the tensors of a checkpoint as the version of the folder `target`.
+
+        On another way than `disk` the folder is there only after `settle`, which must have been
+        called for the version before.
+        """
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        # There from the beginning: the number is taken, whatever happens now.
+        partial = partial_folder(target)
+        if self._memory is None:
+            self._memory = MemoryFile()
+        memory = self._memory
+        digest = memory.write(tensors)
+        self._target = target
+        if way is Way.DISK:
+            self._write(memory, partial, dtype)
+            return Handed(str(target), digest, nbytes)
+        self._writing = threading.Thread(
+            target=self._write_quietly, args=(memory, partial, dtype), daemon=True
+        )
+        self._writing.start()
+        data: tuple[Any, ...] = ()
+        if way is Way.OBJECT_STORE:
+            import ray
+
+            data = (ray.put(memory.bytes().numpy()),)
+        return Handed(str(target), digest, nbytes, memory.path, _node(), data)
+
+    def settle(self, timeout_s: float) -> None:
+        """Waits until the version that was handed over lies on disk.
+
+        Raises InfrastructureError when that fails or takes longer.
+        """
+        if self._writing is not None:
+            self._writing.join(timeout_s)
+            if self._writing.is_alive():
+                raise InfrastructureError(f"{self._target} was not written within {timeout_s:g} s")
+            self._writing = None
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise InfrastructureError(f"{self._target} could not be written: {failed}") from failed
+
+    def _write(self, memory: MemoryFile, partial: Path, dtype: str) -> None:
+        memory.copy_to(partial / WEIGHTS)
+        copy_companions(self._base, partial, dtype)
+        commit_folder(partial, self._target)
+
+    def _write_quietly(self, memory: MemoryFile, partial: Path, dtype: str) -> None:
+        try:
+            self._write(memory, partial, dtype)
+        except (OSError, ValueError) as error:
+            # Told to who settles.
+            self._failed = error
+
+
+def _node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""

@@ -1,0 +1,85 @@
+"""A version's weights on their way from the learner that made them to the engines that answer.
+
+There is one interface and there are three ways, and on each the engines check what arrived:
+
+- `disk`: a model folder that every node can read;
+- `shared_memory`: a file in the learner's memory (memfd) that engines on its node map: it has no
+  name in any file system, takes nothing of /dev/shm, and is gone with the process;
+- `object_store`: the same bytes through Ray's object store, once for each node.
+
+Whatever the way, the folder is written too, for the registry and for engines that start later; on
+the last two that goes on while the engines answer already.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Way(StrEnum):
+    """How weights travel."""
+
+    AUTO = "auto"
+    """Shared memory, and the object store where an engine is on another node than the learner."""
+    DISK = "disk"
+    SHARED_MEMORY = "shared_memory"
+    OBJECT_STORE = "object_store"
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Weights that a learner hands over."""
+
+    folder: str
+    """Where the version lies, or will lie once it is written."""
+    digest: str
+    """`Checksum` of its tensors."""
+    nbytes: int
+    """Of its tensors."""
+    memory: str = ""
+    """A safetensors file in memory, to be opened by processes of the node."""
+    node: str = ""
+    """The node, as Ray calls it."""
+    data: tuple[Any, ...] = ()
+    """A reference to the same file as uint8[n] in Ray's object store, or none."""
+
+
+class Checksum:
+    """Of named tensors, in any order: of each its shape, type and two sums over its bytes.
+
+    The sums run at the speed of memory, where a cryptographic hash would take longer than the
+    weights' whole way: it tells versions apart and finds damage, and not who means harm.
+    """
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, name: str, tensor: "Tensor") -> None:
+        """Takes in one tensor, on any device."""
+        import torch
+
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        words = flat[: len(flat) // 8 * 8].view(torch.int64)
+        rest = flat[len(words) * 8 :]
+        # Both wrap around. The second has the sign of every other word turned, so that neighbours
+        # that changed places are found.
+        plain = words.sum() + rest.sum()
+        alternating = words[::2].sum() - words[1::2].sum()
+        kind = str(tensor.dtype).removeprefix("torch.")
+        shape = "x".join(map(str, tensor.shape))
+        self._lines.append(f"{name} {kind} {shape} {int(plain)} {int(alternating)}")
+
+    def through(self, tensors: Iterable[tuple[str, "Tensor"]]) -> Iterator[tuple[str, "Tensor"]]:
+        """The same tensors, each taken in on its way."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
+            yield name, tensor
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits."""
+        return hashlib.sha256("\n".join(sorted(self._lines)).encode()).hexdigest()
