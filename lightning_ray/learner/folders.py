@@ -63,3 +63,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse(path: str) -> None:
+    """Refuses a folder that exists, on every rank alike, before anything is written.
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    import torch
+
+    if Path(path).exists():
+        raise FileExistsError(f"{path} exists and is never overwritten")
+    torch.distributed.barrier()

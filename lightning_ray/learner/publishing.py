@@ -1,6 +1,7 @@
 """Weights on their way out of the learner: gathered from all ranks, written as a model folder."""
 
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -8,8 +9,50 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_ray.learner.config import LoraConfig
-from lightning_ray.learner.folders import copy_companions
+from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
 from lightning_ray.learner.lora import adapter_weights, merged_weights, write_adapter_settings
+from lightning_ray.learner.outgoing import Outgoing, checkpoint_tensors
+from lightning_ray.policies.handover import Handed, Way
+
+
+class Publisher:
+    """One rank's part in publishing; every rank calls the same methods at the same time."""
+
+    def __init__(
+        self, model: Any, dtype: torch.dtype, rank: int, base: Path, lora: LoraConfig
+    ) -> None:
+        """`model` is what learns, `base` the folder it was loaded from."""
+        self._model = model
+        self._dtype = dtype
+        self._first = rank == 0
+        self._base = base
+        self._lora = lora
+        self._outgoing = Outgoing(base)
+
+    def publish(self, target: Path) -> None:
+        """Writes a model folder, or that of an adapter; it is there afterwards."""
+        weights = whole_weights(self._model, self._dtype, self._first)
+        if self._first:
+            partial = partial_folder(target)
+            write_model(partial, self._model, weights, self._base, self._lora)
+            commit_folder(partial, target)
+        torch.distributed.barrier()
+
+    def hand_over(self, target: Path, way: Way) -> Handed | None:
+        """Hands the whole model over; see `Outgoing.hand_over`. None but on the first rank."""
+        weights = whole_weights(self._model, self._dtype, self._first, copy=False)
+        handed = None
+        if self._first:
+            if self._lora.rank:
+                weights = merged_weights(weights, self._lora)
+            tensors = checkpoint_tensors(self._model, weights)
+            handed = self._outgoing.hand_over(target, tensors, way)
+        torch.distributed.barrier()
+        return handed
+
+    def settle(self, timeout_s: float) -> None:
+        """Waits until what was handed over lies on disk; see `Outgoing.settle`."""
+        self._outgoing.settle(timeout_s)
 
 
 def whole_weights(

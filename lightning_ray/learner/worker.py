@@ -41,7 +41,7 @@ from lightning_ray.learner.deepspeed_settings import (
     resolved_dtype,
     set_environment,
 )
-from lightning_ray.learner.folders import commit_folder, partial_folder
+from lightning_ray.learner.folders import commit_folder, partial_folder, refuse
 from lightning_ray.learner.packing import (
     PackedBatch,
     Row,
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_ray.algorithms.losses import Part
-    from lightning_ray.learner.outgoing import Outgoing
 
 CHECKPOINT_TAG = "learner"
 
@@ -81,7 +80,6 @@ class LearnerWorker:
         self.rank = rank
         self._steps = 0
         self._reference: Any = None
-        self._outgoing: Outgoing | None = None
 
     def address(self) -> tuple[str, int, str]:
         """What `setup` needs if this is rank 0: its host, a free port there, bf16 or fp32."""
@@ -131,6 +129,7 @@ class LearnerWorker:
         torch.manual_seed(self.config.seed)
         from lightning_ray.learner.loading import load_policy
         from lightning_ray.learner.optimizer import make_optimizer
+        from lightning_ray.learner.publishing import Publisher
 
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         module = load_policy(self.model_dir, self.config, self._dtype)
@@ -141,6 +140,9 @@ class LearnerWorker:
             config=deepspeed_config(self.config),
         )
         self.engine.train()
+        self._publisher = Publisher(
+            self.engine.module.model, self._dtype, self.rank, self.model_dir, self.config.lora
+        )
 
     def step(self, batch: pa.Table, loss: LossConfig, own: TokenLoss | None = None) -> StepReport:
         """Take one optimiser step on the whole batch; see `StepReport`.
@@ -209,53 +211,17 @@ class LearnerWorker:
         Raises:
             FileExistsError: the folder exists; a version is never overwritten.
         """
-        import torch
-
-        _refuse(path)
-        from lightning_ray.learner.publishing import whole_weights, write_model
-
-        model = self.engine.module.model
-        weights = whole_weights(model, self._dtype, self.rank == 0)
-        if self.rank == 0:
-            target = Path(path)
-            partial = partial_folder(target)
-            write_model(partial, model, weights, self.model_dir, self.config.lora)
-            commit_folder(partial, target)
-        torch.distributed.barrier()
+        refuse(path)
+        self._publisher.publish(Path(path))
 
     def hand_over(self, path: str, way: Way) -> Handed | None:
-        """Hand the whole model's weights over to engines; the first rank says where they are.
-
-        On another way than `disk` the folder `path` is there after `settle`, which must have been
-        called for the version before.
-
-        Raises:
-            FileExistsError: the folder exists; a version is never overwritten.
-        """
-        import torch
-
-        _refuse(path)
-        from lightning_ray.learner.lora import merged_weights
-        from lightning_ray.learner.outgoing import Outgoing, checkpoint_tensors
-        from lightning_ray.learner.publishing import whole_weights
-
-        model, lora = self.engine.module.model, self.config.lora
-        weights = whole_weights(model, self._dtype, self.rank == 0, copy=False)
-        handed = None
-        if self.rank == 0:
-            if lora.rank:
-                weights = merged_weights(weights, lora)
-            if self._outgoing is None:
-                self._outgoing = Outgoing(self.model_dir)
-            tensors = checkpoint_tensors(model, weights)
-            handed = self._outgoing.hand_over(Path(path), tensors, way)
-        torch.distributed.barrier()
-        return handed
+        """Hand the whole model's weights over to engines; see `LearnerGroup.hand_over`."""
+        refuse(path)
+        return self._publisher.hand_over(Path(path), way)
 
     def settle(self, timeout_s: float) -> None:
         """Wait until what was handed over lies on disk; see `Outgoing.settle`."""
-        if self._outgoing is not None:
-            self._outgoing.settle(timeout_s)
+        self._publisher.settle(timeout_s)
 
     def save_checkpoint(self, path: str, state: dict[str, Any]) -> None:
         """Save weights, optimiser, random generators and the caller's JSON `state` in a new folder.
@@ -265,7 +231,7 @@ class LearnerWorker:
         """
         import torch
 
-        _refuse(path)
+        refuse(path)
         target = Path(path)
         partial = target.with_name(f".{target.name}.partial")
         if self.rank == 0:
@@ -436,12 +402,3 @@ class LearnerWorker:
         """Norm before clipping. DeepSpeed gives -1 or infinity where it is not a number."""
         norm = float(self.engine.get_global_grad_norm())
         return norm if math.isfinite(norm) and norm >= 0 else math.inf
-
-
-def _refuse(path: str) -> None:
-    """Before anything is written, and on every rank, so that all of them raise or none."""
-    import torch
-
-    if Path(path).exists():
-        raise FileExistsError(f"{path} exists and is never overwritten")
-    torch.distributed.barrier()
