@@ -29,6 +29,9 @@ class EvaluationConfig:
     """JSONL file of held-out tasks; null measures nothing before and after."""
     samples_per_task: int = 1
     """Rollouts per held-out task."""
+    every: int = 0
+    """Steps between scores on the held-out tasks while training goes on, by engines of their own
+    that keep the version of that step; 0 for none but before and after."""
     reward: str = "reward"
     """The reward whose mean is the completion quality."""
     resolved_at: float = 1.0
@@ -43,6 +46,13 @@ def check_evaluation(config: EvaluationConfig) -> None:
     if config.samples_per_task < 1:
         raise UserError(
             f"evaluation.samples_per_task={config.samples_per_task}: must be at least 1"
+        )
+    if config.every < 0:
+        raise UserError(f"evaluation.every={config.every}: must be 0 or above")
+    if config.every and config.tasks is None:
+        raise UserError(
+            f"evaluation.every={config.every}: there are no held-out tasks to score on; "
+            "set evaluation.tasks=FILE.jsonl, or evaluation.every=0"
         )
     source = config.measures.tool_discipline
     if source != "spans" and not source.removeprefix(REWARD_PREFIX):

@@ -245,7 +245,7 @@ class Gateway:
         content = await self._body(request)
         body = _parsed(content)
         role = self._role(path, body, request)
-        answerer = self._answerers[role.policy]
+        answerer = self._answerers[identity.answered_by.get(role.policy, role.policy)]
         call = Call(path, content, body, role, identity, answerer, {})
         if answerer.upstream is not None or identity.note_messages or body.get("stream"):
             # An upstream is paid for, messages are noted with the reply, and of a stream nothing is
@@ -299,7 +299,8 @@ class Gateway:
 
     async def _list(self, path: str, request: Request, identity: Identity) -> Response:
         """The models that may be asked for: as the one engine says, or our own list of several."""
-        (only, *others) = self._answerers.values()
+        policies = {role.policy for role in self._roles}
+        (only, *others) = [self._answerers[policy] for policy in sorted(policies)]
         if others or only.upstream is not None:
             return own_list(self._roles)
         by = Attribution(identity.run_id, identity.rollout_id, identity.attempt_id, "", path)

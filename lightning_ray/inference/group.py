@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class InferenceGroup:
         self._replacing: dict[int, float] = {}
         """Engines that start in place of dead ones, by their place, and since when."""
         self._untold = 0
+        self._lock = threading.Lock()
+        """Held while engines are replaced or given weights."""
         self.urls: list[str] = []
 
     def wait_ready(self) -> list[str]:
@@ -92,6 +95,12 @@ class InferenceGroup:
         calls finish on the version they began with. Returns the longest time that an engine's
         calls waited, seconds. Raises InfrastructureError when an engine did not take it on.
         """
+        with self._lock:
+            return self._update(folder, version, drain, handed, by_store)
+
+    def _update(
+        self, folder: str, version: int, drain: bool, handed: Handed | None, by_store: bool
+    ) -> float:
         # For calls to drain, for the change, and for the engine to go on after one that failed.
         limit = 2 * self._config.update_timeout_s + 60.0
         self._current = (folder, version)
@@ -152,13 +161,18 @@ class InferenceGroup:
         """Starts another engine at the place of each that has died; returns how many died since it
         was last asked.
 
-        Does not wait for them. Raises InfrastructureError when one does not come within
-        `inference.start_timeout_s`.
+        Does not wait for them, nor for weights that another thread hands over: they are seen to
+        there. Raises InfrastructureError when one does not come within `inference.start_timeout_s`.
         """
-        self._replace_dead()
-        self._look_at_replaced(0.0)
-        died, self._untold = self._untold, 0
-        return died
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            self._replace_dead()
+            self._look_at_replaced(0.0)
+            died, self._untold = self._untold, 0
+            return died
+        finally:
+            self._lock.release()
 
     def _replace_dead(self, timeout_s: float = 0.0) -> int:
         """Replaces those whose death is known within `timeout_s` seconds; returns how many."""

@@ -17,7 +17,6 @@ from lightning_ray.agents import AgentConfig, Task, check_agent, load_tasks
 from lightning_ray.errors import UserError
 from lightning_ray.evaluation import (
     GateConfig,
-    HeldoutReport,
     evaluate,
     write_evaluation,
     write_report,
@@ -41,6 +40,7 @@ from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
 from lightning_ray.training.checkpoints import Checkpoints
 from lightning_ray.training.hygiene_log import totals
+from lightning_ray.training.scores import metrics_of
 from lightning_ray.trajectories import HygienePolicy, task_key
 
 
@@ -158,13 +158,13 @@ def _run(
         conductor.rehearse()
     if state.step == 0 and (before := conductor.evaluate()) is not None:
         state.heldout_before = asdict(before)
-        tracked.log_metrics(_metrics(before), 0)
+        tracked.log_metrics(metrics_of(before), 0)
     conductor.train()
     # Another object where the run went back to a checkpoint.
     state = conductor.state
     after = conductor.evaluate()
     if after is not None:
-        tracked.log_metrics(_metrics(after), state.step)
+        tracked.log_metrics(metrics_of(after), state.step)
         write_report(folder.path / "heldout.json", after)
         tracked.log_artifact(folder.path / "heldout.json")
     models = {
@@ -291,7 +291,3 @@ def load_train_tasks(config: TrainConfig) -> tuple[list[Task], list[Task]]:
 
 def _mean(report: dict[str, Any] | None) -> float | None:
     return None if report is None else report["measures"]["reward"]["mean"]
-
-
-def _metrics(report: HeldoutReport) -> dict[str, float]:
-    return {f"heldout_{name}": interval.mean for name, interval in report.measures.items()}

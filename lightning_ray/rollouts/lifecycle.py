@@ -331,6 +331,7 @@ class Lifecycle:
             spec.prompts,
             spec.note_messages,
             spec.sampling,
+            spec.answered_by,
         )
         heappush(self._due, _Due(attempt.deadline, attempt.attempt_id, silence=False))
         if attempt.status is AttemptStatus.RUNNING:

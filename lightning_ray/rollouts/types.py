@@ -73,6 +73,8 @@ class RolloutSpec:
     """Times that it is tried again after a fault of ours; none of them is an agent's attempt."""
     sampling: dict[str, float] = field(default_factory=dict)
     """What is set of how its calls are sampled, by name (`inference.SamplingConfig`)."""
+    answered_by: dict[str, str] = field(default_factory=dict)
+    """Who answers for a policy in this rollout, in place of those that do in all others."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Identity:
     note_messages: bool = False
     """As in the rollout's spec."""
     sampling: dict[str, float] = field(default_factory=dict)
+    """As in the rollout's spec."""
+    answered_by: dict[str, str] = field(default_factory=dict)
     """As in the rollout's spec."""
 
 

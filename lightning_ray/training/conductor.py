@@ -30,18 +30,18 @@ from lightning_ray.training.config import TrainConfig, trained_policies
 from lightning_ray.training.flow import Flow
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.hygiene_log import HygieneLog, totals
-from lightning_ray.training.names import MEASURING, REHEARSAL
+from lightning_ray.training.names import REHEARSAL
 from lightning_ray.training.order import TaskOrder
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.rehearsal import REHEARSED_TASKS, check_rehearsal, no_call_for, why
 from lightning_ray.training.rolling import (
     came_to_reward,
     note_failures,
-    outcomes_of,
     rollout_specs,
     run_rollouts,
 )
 from lightning_ray.training.samples import write_samples
+from lightning_ray.training.scores import Scores
 from lightning_ray.training.state import RunState
 from lightning_ray.training.trainee import Lesson, Trainee, built, step_metrics
 from lightning_ray.training.versions import Versions
@@ -69,7 +69,6 @@ class Conductor:
         self._tracked = tracked
         self._progress = progress
         self._order = TaskOrder(tasks, config.training.seed)
-        self._heldout = list(heldout)
         self._heldout_keys = task_keys((task.id, task.data) for task in heldout)
         self._hygiene = HygieneLog(folder.hygiene, config.hygiene)
         self._checkpoints = Checkpoints(folder, config.training.keep_checkpoints)
@@ -80,9 +79,8 @@ class Conductor:
             self._trainees.append(Trainee(config, policy, parts, versions))
         self._roles = make_roles(config.gateway, config.policy.name, list(config.policies))
         self.state = RunState()
-        self.scored: list[Side] = []
-        """What `evaluate` saw since this process began, oldest first."""
-        # Rollouts of an evaluation that is done again must not be taken for the first ones.
+        self._scores = Scores(config, folder, parts, tracked, progress, heldout)
+        # Rollouts of a rehearsal that is done again must not be taken for the first ones.
         self._session = secrets.token_hex(3)
 
     @property
@@ -110,7 +108,9 @@ class Conductor:
         """Tries a few tasks before the run begins. Raises UserError for what cannot work."""
         with self._progress.phase("rehearsing", slow=True):
             tasks = self._order.take(0, REHEARSED_TASKS)
-            records = self._rollouts(REHEARSAL, tasks, 1)
+            specs = rollout_specs(REHEARSAL, self._session, tasks, 1, self._config)
+            limit = self._config.rollouts.batch_timeout_s
+            records = run_rollouts(self._parts.queue, specs, limit, self._progress, self._mend)
         spans = self._parts.store.get([r.attempt_id for r in records if r.attempts])
         note = check_rehearsal(records, spans, self._roles, self.trained)
         if note is not None:
@@ -133,35 +133,16 @@ class Conductor:
                 flow.abandon()
                 self._go_back(error)
                 flow = self._flow()
+        self._scores.finish(self.state.history)
 
     def evaluate(self) -> HeldoutReport | None:
         """Scores the current version on the held-out tasks; None when there are none."""
-        if not self._heldout:
-            return None
-        with self._progress.phase(f"scoring {self._words()}", slow=True):
-            samples = self._config.evaluation.samples_per_task
-            # Named after the step: the spans of two evaluations must not meet in one attempt.
-            prefix = f"{MEASURING}-s{self.state.step:05d}"
-            records = self._rollouts(prefix, self._heldout, samples, heldout=True)
-        note_failures(records, self._progress)
-        if not any(came_to_reward(record) for record in records):
-            raise UserError(f"no held-out rollout came to a reward; the first: {why(records[0])}")
-        label = f"{self._folder.run_id} {self._words()}"
-        outcomes = outcomes_of(records, self._parts.store, self._config.evaluation)
-        self.scored.append(Side(label, outcomes))
-        return HeldoutReport.from_rewards(
-            [r.outcome.rewards if came_to_reward(r) and r.outcome else None for r in records],
-            policy=self._config.policy.name,
-            version=self.state.of(self._config.policy.name).version,
-            step=self.state.step,
-        )
+        return self._scores.score(self.state.step, self.versions, self._mend)
 
-    def _words(self) -> str:
-        """The versions that answer now, in words."""
-        versions = self.versions
-        if len(versions) == 1:
-            return f"version {next(iter(versions.values()))}"
-        return ", ".join(f"{name} version {number}" for name, number in versions.items())
+    @property
+    def scored(self) -> list[Side]:
+        """What `evaluate` saw since this process began, oldest first."""
+        return self._scores.sides
 
     def say_results(
         self,
@@ -197,6 +178,8 @@ class Conductor:
         last = self.state.step == self._config.training.steps
         if last or self.state.step % self._config.training.checkpoint_every == 0:
             self._checkpoint()
+        now = {one.name: one.standing(self.state.of(one.name)) for one in self._trainees}
+        self._scores.beside(self.state.step, now, self.state.history)
 
     def _step(self, flow: Flow) -> dict[str, float]:
         config = self._config
@@ -289,19 +272,6 @@ class Conductor:
             asking, "the versions of a batch's tokens were not read"
         )
         return found
-
-    def _rollouts(
-        self,
-        prefix: str,
-        tasks: Sequence[Task],
-        samples: int,
-        *,
-        heldout: bool = False,
-    ) -> list[RolloutRecord]:
-        """Runs `samples` rollouts of each task; returns their records in order, all ended."""
-        specs = rollout_specs(prefix, self._session, tasks, samples, self._config, heldout=heldout)
-        limit = self._config.rollouts.batch_timeout_s
-        return run_rollouts(self._parts.queue, specs, limit, self._progress, self._mend)
 
     def _lessons(self, records: Sequence[RolloutRecord]) -> dict[str, Lesson]:
         """What each policy learns from in this step."""

@@ -41,6 +41,8 @@ def needs_of(config: TrainConfig, learn: bool = True) -> Needs:
     inference, rollouts = config.inference, config.rollouts
     ours = [policy for policy in _policies(config).values() if not policy.is_upstream]
     engines = inference.num_engines * len(ours)
+    if learn and config.evaluation.every:
+        engines += inference.num_engines * sum(policy.train for policy in ours)
     learners = [settings_of(config, policy).learner for policy in ours if policy.train and learn]
     return Needs(
         cpus=engines * inference.num_cpus
@@ -57,6 +59,11 @@ def _policies(config: TrainConfig) -> dict[str, PolicyConfig]:
     return dict(config.policies) or {config.policy.name: config.policy}
 
 
+def beside(policy: str) -> str:
+    """Who answers for a policy in rollouts that score it beside training."""
+    return f"{policy}@evaluation"
+
+
 class Parts:
     """Store, queue, engines, learners, gateway and workers of one job."""
 
@@ -64,6 +71,8 @@ class Parts:
     queue: QueueClient
     groups: dict[str, InferenceGroup]
     """Engines by policy; one for which somebody else's API answers has none."""
+    beside: dict[str, InferenceGroup]
+    """By policy that learns, engines that keep a version while it is scored beside training."""
     learners: dict[str, LearnerGroup]
     """By policy, of those that learn."""
     batches: ActorHandle
@@ -82,6 +91,7 @@ class Parts:
         self._stack = ExitStack()
         self.restarts = Restarts(config.training.max_restarts)
         self.groups = {}
+        self.beside = {}
         self.learners = {}
         self._held = False
 
@@ -154,7 +164,17 @@ class Parts:
                 self.batches = start_batch_maker()
                 self._at_end(partial(ray.kill, self.batches))
                 self._start_learners()
-            return [Answerer(n, tuple(g.wait_ready()), g.key) for n, g in self.groups.items()]
+            answering = dict(self.groups)
+            if learn and self._config.evaluation.every:
+                # Once the others are up, for whom they would only be in the way.
+                answering = {n: g for n, g in self.groups.items() if g.wait_ready()}
+                for name in self.learners:
+                    names = models_of(roles, name)
+                    self.beside[name] = self._engines(
+                        *models[name][:1], name, names, models[name][1]
+                    )
+                answering |= {beside(name): group for name, group in self.beside.items()}
+            return [Answerer(n, tuple(g.wait_ready()), g.key) for n, g in answering.items()]
 
     def _engines(
         self, model: Path, policy: str, names: Sequence[str], version: int
@@ -175,7 +195,7 @@ class Parts:
         lines = []
         if died := self.workers.mend():
             lines.append(f"{died} rollout workers died and were replaced")
-        for name, group in self.groups.items():
+        for name, group in [*self.groups.items(), *self.beside.items()]:
             if died := group.mend():
                 lines.append(f"{died} engines of {name} died and are being replaced")
         # What nobody can answer waits in the queue, and not in an agent whose time runs.

@@ -6,6 +6,7 @@ algorithm and credit, and each counts its own versions.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -157,10 +158,14 @@ class Trainee:
             self._unsettled = None
         self.settle()
 
+    def standing(self, state: PolicyState) -> tuple[Path, int]:
+        """The version that the run stands at: where its weights lie or will lie, and its number."""
+        version = state.version
+        return (self._versions.path(version) if version else self._parts.base(self.name)), version
+
     def hand_over(self, state: PolicyState) -> None:
         """Has the engines answer with the version that the run stands at, again."""
-        version = state.version
-        weights = self._versions.path(version) if version else self._parts.base(self.name)
+        weights, version = self.standing(state)
         self._parts.groups[self.name].update_weights(str(weights), version)
 
     def prune(self, needed: set[int]) -> None:

@@ -13,6 +13,7 @@ from lightning_ray.tracking import (
 )
 from lightning_ray.training.conductor import Conductor
 from lightning_ray.training.folder import RunFolder
+from lightning_ray.training.scores import metrics_of
 from lightning_ray.training.selection import Samples
 from lightning_ray.training.state import RunState
 
@@ -23,8 +24,7 @@ def score_heldout(
     """The report of the present version on the held-out tasks."""
     report = scorer.evaluate()
     assert isinstance(report, HeldoutReport)
-    values = {f"heldout_{name}": interval.mean for name, interval in report.measures.items()}
-    tracked.log_metrics(values, state.step)
+    tracked.log_metrics(metrics_of(report), state.step)
     if state.step:
         path = folder.path / "heldout.json"
         write_report(path, report)
