@@ -119,7 +119,7 @@ class Gateway:
         self._answerers = {answerer.policy: answerer for answerer in answerers}
         self._spans = spans
         self._limits = CallLimits(config.max_calls)
-        self._forward = Forwarder(config, spans)
+        self._forward = Forwarder(config, spans, self._line)
         self._intake = Intake(config, spans)
         self._desk = live.desk if live else None
         self._serving = live.config if live else None

@@ -4,15 +4,20 @@ Invariant: a request is passed on as it came, unless a prompt version takes the 
 prompt or an upstream wants another model name.
 """
 
+import asyncio
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import aiohttp
+import ray
 from starlette.requests import Request
 from starlette.responses import Response
 
+from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway.answered import NotedCall
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
@@ -30,8 +35,13 @@ from lightning_ray.gateway.upstream import (
 )
 from lightning_ray.gateway.visits import visit_of
 from lightning_ray.inference import Attribution, attribution_headers
-from lightning_ray.rollouts import Identity
+from lightning_ray.rollouts import Identity, Line
 from lightning_ray.spans import RequestLog, SpanClient
+
+log = logging.getLogger(__name__)
+
+BLAME_S = 10.0
+"""How long the queue may take to hear that an engine failed an attempt, seconds."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,9 @@ class Call:
 class Forwarder:
     """Passes the calls of one replica on."""
 
-    def __init__(self, config: GatewayConfig, spans: SpanClient):
-        """`spans` takes what upstreams answer."""
+    def __init__(self, config: GatewayConfig, spans: SpanClient, line: Line | None = None):
+        """`spans` takes what upstreams answer; `line` is the queue's, which hears of faults."""
+        self._line = line
         self._config = config
         self._spans = spans
         self._requests = RequestLog()
@@ -103,18 +114,36 @@ class Forwarder:
             noted = NotedCall(
                 self._spans, self._requests, call.role.policy, by, json.loads(content)
             )
-        reply = await self._engine(
-            "POST",
-            call.answerer,
-            identity.rollout_id,
-            call.path,
-            headers,
-            params=request.query_params or None,
-            data=content or None,
-        )
+        attempt_id = identity.attempt_id
+        try:
+            reply = await self._engine(
+                "POST",
+                call.answerer,
+                identity.rollout_id,
+                call.path,
+                headers,
+                params=request.query_params or None,
+                data=content or None,
+            )
+        except aiohttp.ClientError as error:
+            await self._blame(attempt_id, False, error)
+            raise
         # Also of a reply that is not passed on in the end.
         visit_of(request).leaving.append(reply.close)
-        return await (relay(reply) if noted is None else recorded(noted, reply))
+        if noted is not None:
+            return await recorded(noted, reply)
+        return await relay(reply, partial(self._blame, attempt_id, True))
+
+    async def _blame(self, attempt_id: str, lost: bool, error: aiohttp.ClientError) -> None:
+        """Tells the queue that an engine failed an attempt, so that it is no fault of the agent."""
+        if self._line is None:
+            return
+        what = "cut an answer off" if lost else "did not answer"
+        try:
+            async with asyncio.timeout(BLAME_S):
+                await self._line.blame(attempt_id, f"an engine {what}: {error}", lost)
+        except (InfrastructureError, ray.exceptions.RayError, TimeoutError) as failed:
+            log.warning("the queue did not hear that %s met a fault: %s", attempt_id, failed)
 
     async def _ask_upstream(
         self, call: Call, body: dict[str, Any], by: Attribution, request: Request

@@ -1,6 +1,6 @@
 """Passing requests and replies on: the headers that go along, and bytes as they come."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
 from starlette.requests import Request
@@ -27,6 +27,13 @@ _DROPPED = frozenset(
 )
 _OURS = "x-lightning-ray-"
 
+Broken = Callable[[aiohttp.ClientError], Awaitable[None]]
+"""Told of an engine that broke off, before the agent can see it."""
+
+
+async def nobody(error: aiohttp.ClientError) -> None:
+    """Tells nobody."""
+
 
 def request_headers(request: Request) -> dict[str, str]:
     """The headers that are passed on: not ours, the agent's key, or hop by hop."""
@@ -45,13 +52,13 @@ def _reply_headers(reply: aiohttp.ClientResponse) -> dict[str, str]:
     }
 
 
-async def relay(reply: aiohttp.ClientResponse) -> Response:
-    """A reply as it came, whole or as a stream."""
+async def relay(reply: aiohttp.ClientResponse, broken: Broken = nobody) -> Response:
+    """A reply as it came, whole or as a stream; `broken` is told before a stream breaks off."""
     headers = _reply_headers(reply)
     if "content-length" in reply.headers:
         async with reply:
             return Response(await reply.read(), reply.status, headers)
-    return StreamingResponse(_stream(reply), reply.status, headers)
+    return StreamingResponse(_stream(reply, broken), reply.status, headers)
 
 
 async def recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Response:
@@ -63,8 +70,12 @@ async def recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Respons
         return Response(await call.whole(reply), reply.status, headers)
 
 
-async def _stream(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+async def _stream(reply: aiohttp.ClientResponse, broken: Broken) -> AsyncIterator[bytes]:
     # Leaving early closes the connection, and so the engine stops generating for nobody.
     async with reply:
-        async for part in reply.content.iter_any():
-            yield part
+        try:
+            async for part in reply.content.iter_any():
+                yield part
+        except aiohttp.ClientError as error:
+            await broken(error)
+            raise

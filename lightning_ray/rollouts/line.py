@@ -56,6 +56,10 @@ class Line:
         counted: bool = await self._call("finish", attempt_id, outcome)
         return counted
 
+    def blame(self, attempt_id: str, why: str, lost: bool) -> "asyncio.Future[None]":
+        """An attempt met a fault of ours; `lost` says that an answer was cut off."""
+        return self._call("blame", attempt_id, why, lost)
+
     def resolve(self, capability: str, telling: bool = False) -> "asyncio.Future[Identity | None]":
         """Whom a capability stands for at the time of asking; see `RolloutQueue.resolve`."""
         return self._call("resolve", capability, telling)

@@ -18,6 +18,7 @@ import ray
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.rollouts.asking import RestartingError
+from lightning_ray.rollouts.blame import Blame
 from lightning_ray.rollouts.clock import Clock
 from lightning_ray.rollouts.config import RolloutsConfig
 from lightning_ray.rollouts.journal import Journal
@@ -38,7 +39,7 @@ from lightning_ray.spans import SpanClient
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 1.0
-_TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve"})
+_TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve", "blame"})
 LISTEN_EVERY_S = 0.3
 """How often spans are taken as heartbeats, at most."""
 
@@ -90,6 +91,7 @@ class RolloutQueue:
         self._over: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._retired: set[str] = set()
+        self._blame = Blame()
         self._held = False
 
     async def begin(self) -> None:
@@ -184,12 +186,18 @@ class RolloutQueue:
 
     async def finish(self, attempt_id: str, outcome: AttemptOutcome) -> bool:
         """Takes a worker's report; False when the attempt no longer decides anything."""
+        outcome = self._blame.excuse(attempt_id, outcome)
         counted = self._lives.finish(attempt_id, outcome, self._clock.now())
         await self._written()
         self._release([attempt_id])
         if counted:
             self._after_end([attempt_id])
         return counted
+
+    async def blame(self, attempt_id: str, why: str, lost: bool) -> None:
+        """An attempt met a fault of ours; see `Blame`."""
+        if self._lives.live(attempt_id):
+            self._blame.note(attempt_id, why, lost)
 
     async def together(self, calls: Sequence[Call]) -> list[Any]:
         """Answers calls that came in one message (`Line`), each as if it had come alone.
@@ -354,6 +362,7 @@ class RolloutQueue:
             self._lost.discard(worker)
 
     def _release(self, attempt_ids: Iterable[str]) -> None:
+        self._blame.forget(attempt_ids)
         for attempt_id in attempt_ids:
             if (event := self._over.pop(attempt_id, None)) is not None:
                 event.set()

@@ -15,6 +15,7 @@ from doors import NOBODY, OpenDoor, open_door
 from stub_engine import REPLY, StubEngine, stub_engine
 
 from lightning_ray.gateway import Answerer, GatewayConfig
+from lightning_ray.rollouts import AttemptOutcome, AttemptStatus, QueueClient, RolloutStatus
 from lightning_ray.rollouts.types import Lease
 
 CHAT = "/v1/chat/completions"
@@ -49,6 +50,15 @@ class Door:
         content = reply.read()
         connection.close()
         return reply.status, {name.lower(): v for name, v in reply.getheaders()}, content
+
+    @property
+    def queue(self) -> QueueClient:
+        return self._door.queue
+
+    def finish(self, lease: Lease) -> bool:
+        """As a worker reports an agent that ended well."""
+        outcome = AttemptOutcome(AttemptStatus.SUCCEEDED, {"reward": 0.5})
+        return bool(ray.get(self.queue.actor.finish.remote(lease.attempt_id, outcome), timeout=10))
 
     def asked(self) -> int:
         return sum(len(stub.requests) for stub in self.stubs)
@@ -104,6 +114,24 @@ def test_a_stream_is_given_again_as_a_whole(door: Door) -> None:
     assert first[2] == again[2] and b"[DONE]" in again[2]
     assert again[1]["content-type"] == first[1]["content-type"]
     assert door.asked() == before
+
+
+def test_an_answer_that_its_engine_cut_off_is_no_fault_of_the_agent(door: Door) -> None:
+    """Whatever the agent makes of it: the queue knew before the agent could."""
+    lease = door.lease()
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        door.post(lease, "die in a stream")
+    assert door.finish(lease) is True
+    # It is handed out again; what went before costs the agent none of its attempts.
+    again = ray.get(door.queue.actor.dequeue.remote(5), timeout=10)
+    assert (again.rollout_id, again.number) == (lease.rollout_id, 2)
+    assert door.post(again)[0] == 200
+    assert door.finish(again) is True
+    (record,) = door.queue.wait([lease.rollout_id], 5)
+    assert record.status is RolloutStatus.SUCCEEDED and record.outcome is not None
+    assert record.outcome.rewards == {"reward": 0.5}
+    (first, _) = record.attempts
+    assert first[1] is AttemptStatus.FAILED
 
 
 def test_an_attempt_has_only_so_many_calls_at_a_time(door: Door) -> None:
