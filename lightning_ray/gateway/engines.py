@@ -7,11 +7,14 @@ the halves of two answers.
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
+import ray
 
+from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway.answerers import Answerer
 
 log = logging.getLogger(__name__)
@@ -19,18 +22,26 @@ log = logging.getLogger(__name__)
 DOWN_S = 5.0
 """How long an engine that did not answer is asked after the others, seconds."""
 ASK_AGAIN_S = 0.5
+FIND_S = 5.0
+"""How long to wait for who knows where engines are, seconds."""
+
+Moved = Callable[[str], Awaitable[Sequence[str]]]
+"""The addresses of a policy's engines, if they are others than at the beginning."""
 
 
 class Engines:
     """Which engines answer, as one replica of the door has seen it."""
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Moved | None = None) -> None:
+        """`moved` says where engines are that are no longer where they were."""
         self._down: dict[str, float] = {}
+        self._moved = moved
+        self._now_at: dict[str, Answerer] = {}
 
     def order(self, answerer: Answerer, rollout_id: str) -> list[str]:
         """The engines in the order in which a rollout's call is to ask them."""
         now = time.monotonic()
-        urls = answerer.urls_for(rollout_id)
+        urls = self._now_at.get(answerer.policy, answerer).urls_for(rollout_id)
         return sorted(urls, key=lambda url: self._down.get(url, 0.0) > now)
 
     async def ask(
@@ -46,8 +57,9 @@ class Engines:
     ) -> aiohttp.ClientResponse:
         """The beginning of the reply of the first engine that gives one.
 
-        While none can be reached, one that died may be replaced at its address: they are asked
-        again for `wait_s` seconds. Raises aiohttp.ClientError when none answers then either.
+        While none can be reached, one that died may be replaced, at its address or elsewhere: they
+        are asked again for `wait_s` seconds. Raises aiohttp.ClientError when none answers then
+        either.
         """
         deadline = time.monotonic() + wait_s
         while True:
@@ -68,3 +80,17 @@ class Engines:
             if time.monotonic() >= deadline:
                 raise failed
             await asyncio.sleep(ASK_AGAIN_S)
+            await self._find(answerer)
+
+    async def _find(self, answerer: Answerer) -> None:
+        """Asks whether the engines have moved."""
+        if self._moved is None:
+            return
+        try:
+            async with asyncio.timeout(FIND_S):
+                urls = await self._moved(answerer.policy)
+        except (InfrastructureError, ray.exceptions.RayError, TimeoutError) as error:
+            log.info("nobody says where the engines of %s are: %s", answerer.policy, error)
+            return
+        if urls:
+            self._now_at[answerer.policy] = replace(answerer, urls=tuple(urls))

@@ -68,7 +68,7 @@ class Forwarder:
         self._config = config
         self._spans = spans
         self._requests = RequestLog()
-        self._engines = Engines()
+        self._engines = Engines(None if line is None else line.engines_of)
         self._replays = Replays(config.replay_mib * 2**20)
         self._session: aiohttp.ClientSession | None = None
 

@@ -22,6 +22,7 @@ from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPDATE_TRIES = 3
 """How often a version is handed over when engines die meanwhile."""
 
@@ -219,15 +220,17 @@ class InferenceGroup:
                 )
 
     def _start(self, url: str = "") -> _Engine:
-        """An engine, starting; at the address of one that died, if one is given."""
+        """An engine, starting; at the address `url` of one that died, where its node still is."""
         config = self._config
         options: dict[str, Any] = {}
         port = 0
         if url:
             address = urlsplit(url)
-            port = address.port or 0
-            if (node := _node_at(address.hostname or "")) is not None:
+            host = address.hostname or ""
+            if (node := _node_at(host)) is not None:
                 options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+            if node is not None or host in LOOPBACK:
+                port = address.port or 0
         actor = ray.remote(InferenceEngine).options(
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
@@ -250,9 +253,11 @@ class InferenceGroup:
 
 
 def _node_at(host: str) -> str | None:
-    """The node with this address; None for loopback, which any may mean."""
-    nodes = ray.nodes()
-    return next((node["NodeID"] for node in nodes if node["NodeManagerAddress"] == host), None)
+    """The node that lives at this address; None for loopback, which any may mean."""
+    if host in LOOPBACK:
+        return None
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return next((node["NodeID"] for node in alive if node["NodeManagerAddress"] == host), None)
 
 
 def engine_environment(config: InferenceConfig) -> dict[str, str]:

@@ -10,16 +10,23 @@ whole history: `apply`, given them again in their order, makes the same state. `
 seconds that the caller takes from one clock and that never goes back.
 """
 
-import base64
-import hashlib
-import hmac
 import secrets
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from heapq import heappop, heappush
-from typing import NamedTuple
 
-from lightning_ray.rollouts.lives import Attempt, Counts, Event, Expired, Life, Tally, suspended
+from lightning_ray.rollouts.capabilities import Capabilities, capability_of, digest
+from lightning_ray.rollouts.lives import (
+    Attempt,
+    Counts,
+    Due,
+    Event,
+    Expired,
+    Life,
+    Ready,
+    Tally,
+    suspended,
+)
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
     AttemptRecord,
@@ -36,22 +43,6 @@ LOST = AttemptOutcome(AttemptStatus.UNRESPONSIVE, error="its worker was lost", f
 OVERDUE = AttemptOutcome(AttemptStatus.UNRESPONSIVE, error="its worker did not report in time")
 
 
-class _Ready(NamedTuple):
-    """A place in the queue; the lowest is next. It holds while its rollout has the same ticket."""
-
-    urgency: int
-    ticket: int
-    rollout_id: str
-
-
-class _Due(NamedTuple):
-    """When an attempt is to be looked at again."""
-
-    at: float
-    attempt_id: str
-    silence: bool
-
-
 class Lifecycle:
     """The rollouts of one run."""
 
@@ -66,17 +57,12 @@ class Lifecycle:
         """Rollouts that were forgotten; whoever keeps them takes them from here."""
         self._run_id = run_id
         self._grace_s = grace_s
-        self._linger_s = linger_s
         self._now = float("-inf")
         self._rollouts: OrderedDict[str, Life] = OrderedDict()
-        self._queue: list[_Ready] = []
+        self._queue: list[Ready] = []
         self._tickets = 0
-        self._due: list[_Due] = []
-        self._open: dict[bytes, Identity] = {}
-        self._closed: dict[bytes, Identity] = {}
-        self._until: deque[tuple[float, bytes]] = deque()
-        self._requests: dict[bytes, str] = {}
-        self._held: dict[str, set[str]] = {}
+        self._due: list[Due] = []
+        self._capabilities = Capabilities(run_id, linger_s)
         self._tally = Tally()
 
     # What is asked of it
@@ -107,9 +93,9 @@ class Lifecycle:
             life = self._rollouts.get(ready.rollout_id)
             if life is not None and life.ticket == ready.ticket:
                 attempt_id = attempt_id_of(ready.rollout_id, len(life.attempts) + 1)
-                capability = _capability(request, attempt_id)
-                self._do("begin", now, attempt_id, _digest(capability), worker, _digest(request))
-                return self._lease(life, capability)
+                capability = capability_of(request, attempt_id)
+                self._do("begin", now, attempt_id, digest(capability), worker, digest(request))
+                return life.lease(self._run_id, capability)
         return None
 
     def finish(self, attempt_id: str, outcome: AttemptOutcome, now: float | None = None) -> bool:
@@ -136,17 +122,16 @@ class Lifecycle:
                 continue
             life, attempt = found
             attempt.heard = max(attempt.heard, now)
-            if suspended(life, attempt) and attempt.digest in self._open:
+            if suspended(life, attempt) and self._capabilities.is_open(attempt):
                 self._do("revive", now, attempt_id)
                 revived.append(attempt_id)
         return revived
 
     def heard_all(self, now: float) -> None:
         """As if a span of every attempt had come: for who could not listen for a while."""
-        for attempt_ids in self._held.values():
-            for attempt_id in attempt_ids:
-                if (found := self._latest(attempt_id)) is not None:
-                    found[1].heard = max(found[1].heard, now)
+        for attempt_id in self._capabilities.all_held():
+            if (found := self._latest(attempt_id)) is not None:
+                found[1].heard = max(found[1].heard, now)
 
     def cancel(self, rollout_ids: Iterable[str], now: float | None = None) -> list[str]:
         """Cancels rollouts that have not ended; returns the attempts whose agents must stop."""
@@ -155,7 +140,7 @@ class Lifecycle:
             life = self._rollouts.get(rollout_id)
             if life is None or life.status.ended:
                 continue
-            if life.attempts and life.attempts[-1].digest in self._open:
+            if life.attempts and self._capabilities.is_open(life.attempts[-1]):
                 stopping.append(life.attempts[-1].attempt_id)
             self._do("cancel", now, rollout_id)
         return stopping
@@ -173,9 +158,9 @@ class Lifecycle:
     def lose(self, worker: str, now: float) -> list[str]:
         """Ends what a lost worker ran, as faults; returns the attempts."""
         lost = []
-        for attempt_id in sorted(self._held.get(worker, ())):
+        for attempt_id in self._capabilities.held_by(worker):
             found = self._latest(attempt_id)
-            if found is not None and found[1].digest in self._open:
+            if found is not None and self._capabilities.is_open(found[1]):
                 self._do("lost", now, attempt_id)
                 lost.append(attempt_id)
         return lost
@@ -186,7 +171,7 @@ class Lifecycle:
         while self._due and self._due[0].at < now:
             due = heappop(self._due)
             found = self._latest(due.attempt_id)
-            if found is None or found[1].digest not in self._open:
+            if found is None or not self._capabilities.is_open(found[1]):
                 continue
             life, attempt = found
             if not due.silence:
@@ -197,8 +182,7 @@ class Lifecycle:
             elif attempt.status is AttemptStatus.RUNNING:
                 self._do("silent", now, due.attempt_id)
                 silent.append(due.attempt_id)
-        while self._until and self._until[0][0] < now:
-            self._closed.pop(self._until.popleft()[1], None)
+        self._capabilities.expire(now)
         return Expired(silent, overdue)
 
     def forget(self, rollout_ids: Iterable[str], now: float | None = None) -> None:
@@ -215,9 +199,7 @@ class Lifecycle:
 
         `telling`: for telemetry and rewards, which an attempt may send until a while after its end.
         """
-        digest = _digest(capability)
-        identity = self._open.get(digest)
-        return self._closed.get(digest) if identity is None and telling else identity
+        return self._capabilities.resolve(capability, telling)
 
     def record(self, rollout_id: str) -> RolloutRecord:
         """The rollout as it stands. Raises KeyError for an unknown id."""
@@ -238,11 +220,11 @@ class Lifecycle:
     def live(self, attempt_id: str) -> bool:
         """Whether an attempt's agent may go on."""
         found = self._latest(attempt_id)
-        return found is not None and found[1].digest in self._open
+        return found is not None and self._capabilities.is_open(found[1])
 
     def held(self) -> dict[str, int]:
         """How many attempts each worker runs."""
-        return {worker: len(attempts) for worker, attempts in self._held.items() if attempts}
+        return self._capabilities.held()
 
     def counts(self) -> Counts:
         """How many rollouts stand where, of those that are remembered."""
@@ -291,9 +273,9 @@ class Lifecycle:
                     life, attempt, AttemptOutcome(AttemptStatus.UNRESPONSIVE, error=silence), now
                 )
                 if life.status.ended:
-                    self._close(attempt, now)
+                    self._capabilities.close(attempt, now)
             else:
-                self._close(attempt, now)
+                self._capabilities.close(attempt, now)
                 # One that fell silent before is unresponsive already.
                 if kind != "overdue" or attempt.status is AttemptStatus.RUNNING:
                     outcome = {"lost": LOST, "overdue": OVERDUE}.get(kind) or rest[0]
@@ -311,7 +293,7 @@ class Lifecycle:
         spec = life.spec
         if life.attempts:
             # Whatever it still does, it is replaced.
-            self._close(life.attempts[-1], now)
+            self._capabilities.close(life.attempts[-1], now)
         deadline = now + spec.timeout_s + self._grace_s
         attempt = Attempt(attempt_id, digest, deadline, worker, request, now, heard=now)
         life.attempts.append(attempt)
@@ -321,26 +303,15 @@ class Lifecycle:
         self._admit(life, attempt)
 
     def _admit(self, life: Life, attempt: Attempt) -> None:
-        spec = life.spec
-        self._requests[attempt.request] = attempt.attempt_id
-        self._held.setdefault(attempt.worker, set()).add(attempt.attempt_id)
-        self._open[attempt.digest] = Identity(
-            self._run_id,
-            spec.rollout_id,
-            attempt.attempt_id,
-            spec.prompts,
-            spec.note_messages,
-            spec.sampling,
-            spec.answered_by,
-        )
-        heappush(self._due, _Due(attempt.deadline, attempt.attempt_id, silence=False))
+        self._capabilities.open(attempt, life.spec)
+        heappush(self._due, Due(attempt.deadline, attempt.attempt_id, silence=False))
         if attempt.status is AttemptStatus.RUNNING:
             self._watch(life, attempt)
 
     def _watch(self, life: Life, attempt: Attempt) -> None:
         if life.spec.silence_s > 0:
             at = attempt.heard + life.spec.silence_s
-            heappush(self._due, _Due(at, attempt.attempt_id, silence=True))
+            heappush(self._due, Due(at, attempt.attempt_id, silence=True))
 
     def _end(self, life: Life, attempt: Attempt, outcome: AttemptOutcome, now: float) -> None:
         attempt.status, attempt.outcome, attempt.ended = outcome.status, outcome, now
@@ -379,10 +350,10 @@ class Lifecycle:
         self._watch(life, attempt)
 
     def _cancel(self, life: Life, now: float) -> None:
-        if life.attempts and life.attempts[-1].digest in self._open:
+        if life.attempts and self._capabilities.is_open(life.attempts[-1]):
             attempt = life.attempts[-1]
             attempt.status, attempt.ended = AttemptStatus.CANCELLED, now
-            self._close(attempt, now)
+            self._capabilities.close(attempt, now)
         life.ticket = -1
         self._tally.move(life, RolloutStatus.CANCELLED)
 
@@ -401,7 +372,7 @@ class Lifecycle:
         self._rollouts[life.spec.rollout_id] = life
         self._tally.add(life)
         if life.status is RolloutStatus.QUEUED:
-            heappush(self._queue, _Ready(-life.spec.priority, life.ticket, life.spec.rollout_id))
+            heappush(self._queue, Ready(-life.spec.priority, life.ticket, life.spec.rollout_id))
             self._tickets = max(self._tickets, life.ticket)
         if life.attempts and life.attempts[-1].live:
             self._admit(life, life.attempts[-1])
@@ -409,19 +380,7 @@ class Lifecycle:
     def _place(self, life: Life) -> None:
         self._tickets += 1
         life.ticket = self._tickets
-        heappush(self._queue, _Ready(-life.spec.priority, life.ticket, life.spec.rollout_id))
-
-    def _close(self, attempt: Attempt, now: float) -> None:
-        attempt.live = False
-        self._requests.pop(attempt.request, None)
-        if (held := self._held.get(attempt.worker)) is not None:
-            held.discard(attempt.attempt_id)
-            if not held:
-                del self._held[attempt.worker]
-        identity = self._open.pop(attempt.digest, None)
-        if identity is not None and self._linger_s > 0:
-            self._closed[attempt.digest] = identity
-            self._until.append((now + self._linger_s, attempt.digest))
+        heappush(self._queue, Ready(-life.spec.priority, life.ticket, life.spec.rollout_id))
 
     def _latest(self, attempt_id: str) -> tuple[Life, Attempt] | None:
         life = self._rollouts.get(attempt_id.rpartition("/")[0])
@@ -430,33 +389,8 @@ class Lifecycle:
         return life, life.attempts[-1]
 
     def _leased(self, request: str) -> Lease | None:
-        attempt_id = self._requests.get(_digest(request))
+        attempt_id = self._capabilities.asked_with(request)
         found = None if attempt_id is None else self._latest(attempt_id)
         if found is None:
             return None
-        return self._lease(found[0], _capability(request, found[1].attempt_id))
-
-    def _lease(self, life: Life, capability: str) -> Lease:
-        spec = life.spec
-        return Lease(
-            run_id=self._run_id,
-            rollout_id=spec.rollout_id,
-            attempt_id=life.attempts[-1].attempt_id,
-            number=len(life.attempts),
-            task_id=spec.task_id,
-            task=spec.task,
-            timeout_s=spec.timeout_s,
-            capability=capability,
-            group_id=spec.group_id,
-        )
-
-
-def _digest(secret: str) -> bytes:
-    # Kept hashed: whoever reads the queue's memory or its journal learns no live capability.
-    return hashlib.sha256(secret.encode()).digest()
-
-
-def _capability(request: str, attempt_id: str) -> str:
-    # Of the request, so that asking again gives the same one and nobody need keep it.
-    made = hmac.digest(request.encode(), attempt_id.encode(), "sha256")
-    return base64.urlsafe_b64encode(made[:24]).decode()
+        return found[0].lease(self._run_id, capability_of(request, found[1].attempt_id))

@@ -56,6 +56,10 @@ class Line:
         counted: bool = await self._call("finish", attempt_id, outcome)
         return counted
 
+    def engines_of(self, policy: str) -> "asyncio.Future[tuple[str, ...]]":
+        """Where a policy's engines are, if they have moved; see `RolloutQueue.engines_of`."""
+        return self._call("engines_of", policy)
+
     def blame(self, attempt_id: str, why: str, lost: bool) -> "asyncio.Future[None]":
         """An attempt met a fault of ours; `lost` says that an answer was cut off."""
         return self._call("blame", attempt_id, why, lost)

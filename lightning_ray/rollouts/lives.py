@@ -10,6 +10,7 @@ from lightning_ray.rollouts.types import (
     AttemptOutcome,
     AttemptRecord,
     AttemptStatus,
+    Lease,
     RolloutRecord,
     RolloutSpec,
     RolloutStatus,
@@ -77,6 +78,21 @@ class Life:
         attempts = tuple((a.attempt_id, a.status) for a in self.attempts)
         return RolloutRecord(self.spec, self.status, attempts, self.outcome, self.faulted)
 
+    def lease(self, run_id: str, capability: str) -> Lease:
+        """Its latest attempt, as a worker gets it."""
+        spec = self.spec
+        return Lease(
+            run_id=run_id,
+            rollout_id=spec.rollout_id,
+            attempt_id=self.attempts[-1].attempt_id,
+            number=len(self.attempts),
+            task_id=spec.task_id,
+            task=spec.task,
+            timeout_s=spec.timeout_s,
+            capability=capability,
+            group_id=spec.group_id,
+        )
+
     def history(self) -> list[AttemptRecord]:
         """Its attempts, oldest first."""
         return [
@@ -92,6 +108,22 @@ def suspended(life: Life, attempt: Attempt) -> bool:
         and life.status is RolloutStatus.QUEUED
         and len(life.attempts) > life.retried
     )
+
+
+class Ready(NamedTuple):
+    """A place in the queue; the lowest is next. It holds while its rollout has the same ticket."""
+
+    urgency: int
+    ticket: int
+    rollout_id: str
+
+
+class Due(NamedTuple):
+    """When an attempt is to be looked at again."""
+
+    at: float
+    attempt_id: str
+    silence: bool
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import os
 import pickle
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +33,15 @@ from lightning_ray.rollouts.types import (
     RolloutSpec,
     WorkerRecord,
 )
+from lightning_ray.rollouts.waiters import Waiters
 from lightning_ray.spans import SpanClient
 
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 1.0
-_TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve", "blame"})
+_TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve", "blame", "engines_of"})
 LISTEN_EVERY_S = 0.3
 """How often spans are taken as heartbeats, at most."""
-
-
-@dataclass
-class _Waiter:
-    """Somebody who waits for so many more rollouts."""
-
-    missing: int
-    done: "asyncio.Future[None]"
 
 
 class RolloutQueue:
@@ -87,11 +79,12 @@ class RolloutQueue:
         self._last_word.pop("", None)
         self._lost: set[str] = set()
         self._idle: deque[asyncio.Future[None]] = deque()
-        self._waiters: dict[str, list[_Waiter]] = {}
+        self._waiters = Waiters(self._lives.ended)
         self._over: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._retired: set[str] = set()
         self._blame = Blame()
+        self._addresses: dict[str, tuple[str, ...]] = {}
         self._held = False
 
     async def begin(self) -> None:
@@ -199,6 +192,14 @@ class RolloutQueue:
         if self._lives.live(attempt_id):
             self._blame.note(attempt_id, why, lost)
 
+    async def engines_are_at(self, policy: str, urls: Sequence[str]) -> None:
+        """A policy's engines have other addresses than the door was told when it opened."""
+        self._addresses[policy] = tuple(urls)
+
+    async def engines_of(self, policy: str) -> tuple[str, ...]:
+        """Where a policy's engines are now; nothing where they are where they always were."""
+        return self._addresses.get(policy, ())
+
     async def together(self, calls: Sequence[Call]) -> list[Any]:
         """Answers calls that came in one message (`Line`), each as if it had come alone.
 
@@ -223,16 +224,8 @@ class RolloutQueue:
         Returns once all have, or as soon as `at_least` so many have.
         """
         self._awake()
-        pending = {r for r in rollout_ids if not self._lives.ended(r)}
         wanted = len(rollout_ids) if at_least is None else min(at_least, len(rollout_ids))
-        missing = wanted - (len(rollout_ids) - len(pending))
-        if missing > 0:
-            waiter = _Waiter(missing, asyncio.get_running_loop().create_future())
-            for rollout_id in pending:
-                self._waiters.setdefault(rollout_id, []).append(waiter)
-            # Not an error: the caller sees from the records which are missing, and asks again.
-            await asyncio.wait([waiter.done], timeout=timeout_s)
-            self._leave(waiter, pending)
+        await self._waiters.wait(rollout_ids, timeout_s, wanted)
         await self._written()
         return [self._lives.record(r) for r in rollout_ids if self._lives.ended(r)]
 
@@ -241,7 +234,7 @@ class RolloutQueue:
         stopping = self._lives.cancel(rollout_ids, self._clock.now())
         await self._written()
         self._release(stopping)
-        self._notify(rollout_ids)
+        self._waiters.notify(rollout_ids)
 
     async def retry(self, rollout_ids: Sequence[str]) -> list[str]:
         """Queues ended rollouts again; returns those that had ended."""
@@ -370,7 +363,7 @@ class RolloutQueue:
     def _after_end(self, attempt_ids: Sequence[str]) -> None:
         # Some are queued again.
         self._wake(len(attempt_ids))
-        self._notify([attempt_id.rpartition("/")[0] for attempt_id in attempt_ids])
+        self._waiters.notify([attempt_id.rpartition("/")[0] for attempt_id in attempt_ids])
 
     def _wake(self, number: int) -> None:
         while number > 0 and self._idle:
@@ -378,18 +371,3 @@ class RolloutQueue:
             if not turn.done():
                 turn.set_result(None)
                 number -= 1
-
-    def _notify(self, rollout_ids: Iterable[str]) -> None:
-        for rollout_id in rollout_ids:
-            if rollout_id in self._waiters and self._lives.ended(rollout_id):
-                for waiter in self._waiters.pop(rollout_id):
-                    waiter.missing -= 1
-                    if waiter.missing == 0 and not waiter.done.done():
-                        waiter.done.set_result(None)
-
-    def _leave(self, waiter: _Waiter, rollout_ids: Iterable[str]) -> None:
-        for rollout_id in rollout_ids:
-            if (waiters := self._waiters.get(rollout_id)) is not None:
-                waiters[:] = [other for other in waiters if other is not waiter]
-                if not waiters:
-                    del self._waiters[rollout_id]

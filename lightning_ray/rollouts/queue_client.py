@@ -74,6 +74,11 @@ class QueueClient:
         counts: Counts = ask(self.actor.counts.remote, timeout_s, "count rollouts")
         return counts
 
+    def engines_are_at(self, policy: str, urls: Sequence[str], timeout_s: float = 30.0) -> None:
+        """Has the doors find a policy's engines at other addresses than they were told."""
+        asking = self.actor.engines_are_at.remote
+        ask(lambda: asking(policy, list(urls)), timeout_s, "note where engines are")
+
     def workers(self, timeout_s: float = 30.0) -> list[WorkerRecord]:
         """The workers that were heard of."""
         found: list[WorkerRecord] = ask(self.actor.workers.remote, timeout_s, "list its workers")

@@ -94,6 +94,8 @@ class Parts:
         self.beside = {}
         self.learners = {}
         self._held = False
+        self._told: dict[str, list[str]] = {}
+        """Where the door finds engines, by answerer."""
 
     @property
     def engines(self) -> InferenceGroup:
@@ -195,9 +197,14 @@ class Parts:
         lines = []
         if died := self.workers.mend():
             lines.append(f"{died} rollout workers died and were replaced")
-        for name, group in [*self.groups.items(), *self.beside.items()]:
+        answering = {**self.groups, **{beside(n): group for n, group in self.beside.items()}}
+        for name, group in answering.items():
             if died := group.mend():
                 lines.append(f"{died} engines of {name} died and are being replaced")
+            if group.urls != self._told.get(name, group.urls):
+                # Its node was lost, and it came up on another.
+                self.queue.engines_are_at(name, group.urls)
+            self._told[name] = list(group.urls)
         # What nobody can answer waits in the queue, and not in an agent whose time runs.
         if (silent := any(not group.alive for group in self.groups.values())) != self._held:
             self.queue.hold(silent)
