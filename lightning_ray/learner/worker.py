@@ -204,9 +204,7 @@ class LearnerWorker:
     def publish(self, path: str) -> None:
         """Write the weights as a Hugging Face folder that an engine can load.
 
-        The folder has config, generation config and the base's tokenizer files beside the weights,
-        which are of the type that the learner computes in: an engine that computes in the same one
-        then has the very weights that the next step starts from.
+        Beside the weights, of the type that the learner computes in, it has the base's other files.
 
         Raises:
             FileExistsError: the folder exists; a version is never overwritten.
@@ -220,7 +218,7 @@ class LearnerWorker:
         return self._publisher.hand_over(Path(path), way)
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until what was handed over lies on disk; see `Outgoing.settle`."""
+        """Wait until what was handed over lies on disk."""
         self._publisher.settle(timeout_s)
 
     def save_checkpoint(self, path: str, state: dict[str, Any]) -> None:

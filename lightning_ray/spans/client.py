@@ -26,7 +26,8 @@ from lightning_ray.spans.memory import hold_little
 from lightning_ray.spans.reading import in_order, rollout_of
 from lightning_ray.spans.rows import to_batch
 from lightning_ray.spans.schema import SPAN_SCHEMA
-from lightning_ray.spans.store import Heard, SpanStore, StoreStats
+from lightning_ray.spans.store import SpanStore
+from lightning_ray.spans.store_stats import Heard, StoreStats
 
 RETRY_EVERY_S = 0.2
 SCAN_AHEAD = 4

@@ -15,7 +15,6 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from lightning_ray.spans.retention import check_not_removed
 from lightning_ray.spans.schema import SPAN_SCHEMA
 from lightning_ray.spans.sealing import SealedSegments
 from lightning_ray.spans.segments import Segments
+from lightning_ray.spans.store_stats import Heard, StoreStats
 
 log = logging.getLogger(__name__)
 
@@ -45,41 +45,6 @@ NAMES = ["attempt_id", "span_id"]
 INDEXED = ["rollout_id", *NAMES]
 _HEARD = 1 << 14
 """Attempts that are remembered for `activity`: those that got spans last."""
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """What a store holds."""
-
-    spans: int
-    segments: int
-    bytes: int
-    duplicates: int
-    """Spans that were sent again and not stored twice, since this process began."""
-    lost_bytes: int
-    """Bytes of torn batches that no writer was ever told were stored."""
-    damaged_bytes: int
-    """Bytes that changed on disk beyond mending, or are missing: spans were lost there."""
-    mended_bytes: int
-    """Bytes that had changed on disk and were put right."""
-    sealed: int
-    """Segments that are in the archive."""
-    sealed_bytes: int
-    """Bytes of them there."""
-    removed: int
-    """Spans that retention has removed, or somebody; `removed/` in the folder says which."""
-
-    def __add__(self, other: "StoreStats") -> "StoreStats":
-        mine, others = vars(self), vars(other)
-        return StoreStats(**{name: mine[name] + others[name] for name in mine})
-
-
-@dataclass(frozen=True)
-class Heard:
-    """Where a listener of `activity` stands: which process it listened to, and how far."""
-
-    process: str
-    flush: int
 
 
 class SpanStore:

@@ -9,95 +9,33 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import httpx
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 import ray
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from end_to_end.shared_engine import SharedEngine
+from end_to_end.shared_engine import CHAT, SharedEngine, Stack, question
 from lightning_ray.algorithms import LossConfig
 from lightning_ray.cluster.processor import multiplies_bfloat16
 from lightning_ray.errors import InfrastructureError
-from lightning_ray.inference import Attribution, InferenceGroup, attribution_headers
 from lightning_ray.jobs.compose import compose_config
 from lightning_ray.learner import LearnerGroup
 from lightning_ray.policies.handover import Checksum, Way
-from lightning_ray.spans import SpanClient
 from lightning_ray.training import TrainConfig
-from lightning_ray.trajectories import build_sequences, trainable_counts, with_advantages
+from lightning_ray.trajectories import trainable_counts, with_advantages
 
 pytestmark = pytest.mark.timeout(1500)
 
-CHAT = "/v1/chat/completions"
 TOLERANCE = 0.02
 """Mean absolute difference of logprobs between two computations in bfloat16."""
 AGREED = TOLERANCE if multiplies_bfloat16() else 0.0005
 """The same between engine and learner, which compute in float32 where the processor has no more."""
-
-
-@dataclass
-class Stack:
-    shared: SharedEngine
-    learner: LearnerGroup
-
-    @property
-    def engines(self) -> InferenceGroup:
-        return self.shared.group
-
-    @property
-    def store(self) -> SpanClient:
-        return self.shared.store
-
-    def headers(self, rollout: str) -> dict[str, str]:
-        attribution = Attribution("run", rollout, f"{rollout}/1", "gpt-4o-mini", "")
-        return attribution_headers(self.engines.key, attribution)
-
-    def post(self, rollout: str, path: str = CHAT, **body: object) -> httpx.Response:
-        url = self.engines.urls[0] + path
-        return httpx.post(url, headers=self.headers(rollout), json=body, timeout=120)
-
-    def spans(self, *rollouts: str) -> list[dict]:
-        return self.store.get([f"{rollout}/1" for rollout in rollouts]).to_pylist()
-
-    def sample(self, prefix: str, count: int) -> pa.Table:
-        """Asks `count` questions at temperature 1; returns their training sequences."""
-        with ThreadPoolExecutor(16) as pool:
-            replies = list(
-                pool.map(lambda i: self.post(f"{prefix}{i}", **question(100 + i)), range(count))
-            )
-        assert all(reply.status_code == 200 for reply in replies)
-        attempts = {f"{prefix}{i}/1": f"g{i}" for i in range(count)}
-        sequences, report = build_sequences(self.store.get(list(attempts)), attempts, "policy")
-        assert report.inexact == {} and report.calls == count
-        return sequences
-
-    def difference(self, sequences: pa.Table) -> float:
-        """Mean absolute difference between the learner's logprobs and the recorded ones."""
-        found = np.concatenate(self.learner.logprobs(ray.put(sequences), 300))
-        trainable = np.concatenate([np.array(row) for row in sequences["trainable"].to_pylist()])
-        recorded = np.concatenate([np.array(row) for row in sequences["logprobs"].to_pylist()])
-        return float(np.abs(found - recorded[trainable]).mean())
-
-
-def question(number: int) -> dict[str, object]:
-    return {
-        "model": "gpt-4o-mini",
-        "max_tokens": 20,
-        "messages": [
-            {"role": "system", "content": "Turn each question into a calculator expression."},
-            {"role": "user", "content": "What is 12 plus 30?"},
-            {"role": "assistant", "content": "calc(12 + 30)"},
-            {"role": "user", "content": f"What is {number} plus 41?"},
-        ],
-    }
 
 
 @pytest.fixture(scope="module")
