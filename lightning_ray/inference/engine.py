@@ -112,7 +112,7 @@ class InferenceEngine:
         already answers is harmless, so that a caller may repeat itself.
         """
         engine = self._running()
-        if version == self._gate.version:
+        if version == self._gate.version and not self._gate.broken:
             return 0.0
         from lightning_ray.inference import vllm_internals as vllm
 

@@ -25,6 +25,11 @@ class WeightGate:
         self._broken = ""
 
     @property
+    def broken(self) -> bool:
+        """Whether a change has failed, and none has succeeded since."""
+        return bool(self._broken)
+
+    @property
     def calls(self) -> int:
         """Calls inside now."""
         return self._inside

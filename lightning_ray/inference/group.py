@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +37,8 @@ class _Engine:
     """Its base URL, once it answers."""
     gone: "ray.ObjectRef"
     """Ready once it, or its vLLM, has died."""
+    folder: str
+    """Of the version that it starts with."""
 
 
 class InferenceGroup:
@@ -105,6 +108,7 @@ class InferenceGroup:
         # For calls to drain, for the change, and for the engine to go on after one that failed.
         limit = 2 * self._config.update_timeout_s + 60.0
         self._current = (folder, version)
+        self._restart_hopeless()
         tries = UPDATE_TRIES
         while True:
             self._wait_replaced()
@@ -192,6 +196,19 @@ class InferenceGroup:
         self._untold += len(dead)
         return len(dead)
 
+    def _restart_hopeless(self) -> None:
+        """Starts those anew, on the present version, that wait for one that nobody will write."""
+        for place in self._replacing:
+            if not Path(self._engines[place].folder).is_dir():
+                ray.kill(self._engines[place].actor)
+                self._engines[place] = self._start(self.urls[place])
+                self._replacing[place] = time.monotonic()
+
+    @property
+    def version(self) -> int:
+        """What the engines were given last."""
+        return self._current[1]
+
     @property
     def alive(self) -> int:
         """Engines that answer, as far as `mend` has seen."""
@@ -242,7 +259,7 @@ class InferenceGroup:
         policy, names, key, spans = self._arguments
         folder, version = self._current
         engine = actor.remote(config, folder, policy, names, version, key, spans, port)
-        return _Engine(engine, engine.start.remote(), engine.gone.remote())
+        return _Engine(engine, engine.start.remote(), engine.gone.remote(), folder)
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends the engines and vLLM's own processes."""

@@ -57,7 +57,7 @@ def evaluate_version(words: Mapping[str, str], overrides: Sequence[str]) -> None
     for policy in config.policies.values():
         if policy.is_upstream:
             upstream_answerer(policy)
-        elif not policy.train:
+        elif policy.name != config.policy.name and policy.name not in subject.others:
             resolve_model(policy.model)
     folder = RunFolder.create(Path(config.output_dir), f"{config.name}-evaluate", overrides)
     folder.write_facts({"job": JOB})

@@ -39,8 +39,10 @@ from lightning_ray.tracking import (
 from lightning_ray.tracking.store import default_uri
 from lightning_ray.training import Conductor, Parts, RunFolder, TrainConfig, check_train
 from lightning_ray.training.checkpoints import Checkpoints
+from lightning_ray.training.config import trained_policies
 from lightning_ray.training.hygiene_log import totals
 from lightning_ray.training.scores import metrics_of
+from lightning_ray.training.trainee import shown_metrics
 from lightning_ray.trajectories import HygienePolicy, task_key
 
 
@@ -69,8 +71,9 @@ def _check(config: TrainConfig) -> tuple[list[Task], list[Task], Path]:
         if policy.is_upstream:
             upstream_answerer(policy)
         else:
-            resolve_model(policy.model)
-    check_model_dir(base)
+            folder = resolve_model(policy.model)
+            if policy.train:
+                check_model_dir(folder)
     return tasks, heldout, base
 
 
@@ -111,6 +114,7 @@ def _train(
         config.training.steps,
         title=folder.run_id,
         mode=config.tracking.panel,
+        metrics=shown_metrics([policy.name for policy in trained_policies(config)]),
         first_step=0 if checkpoint is None else Checkpoints.peek(checkpoint).step,
     )
     with progress:
@@ -127,8 +131,10 @@ def _train(
         uri = config.tracking.uri or default_uri(root)
         parts = Parts(config, folder, base, progress)
         again = f"lightning-ray train resume={folder.run_id}"
+        conductor = Conductor(config, folder, parts, tracked, uri, progress, tasks, heldout)
+        if checkpoint is not None:
+            Checkpoints.require(checkpoint, conductor.trained)
         with session(config, parts, tracked, progress, again):
-            conductor = Conductor(config, folder, parts, tracked, uri, progress, tasks, heldout)
             _start(parts, conductor, folder, checkpoint)
             _run(conductor, config, folder, parts, tracked, uri)
 

@@ -216,7 +216,9 @@ class Progress:
         names += [name for name in self._shown_metrics if name in self._metrics]
         numbers = []
         for name in names:
-            label, form = _UNITS.get(name, (name, ".3f"))
+            policy, _, plain = name.rpartition("/")
+            label, form = _UNITS.get(plain, (plain, ".3f"))
+            label = f"{policy} {label}" if policy else label
             numbers.append((label, format(self._metrics[name], form)))
         return numbers
 

@@ -4,11 +4,13 @@ Invariant: every rollout of one score is answered by the version of one step, wh
 published since; and training waits for none of it.
 """
 
-import logging
 import secrets
+import threading
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lightning_ray.agents import Task
@@ -18,8 +20,7 @@ from lightning_ray.training.config import TrainConfig
 from lightning_ray.training.names import MEASURING
 from lightning_ray.training.parts import Parts, beside
 from lightning_ray.training.rolling import rollout_specs
-
-log = logging.getLogger(__name__)
+from lightning_ray.training.threads import begin
 
 CANCEL_S = 30.0
 
@@ -40,6 +41,8 @@ class _Pending:
     versions: Mapping[str, int]
     specs: Sequence[RolloutSpec]
     begun: "Future[None]"
+    """Done when the engines have the version and the rollouts are queued."""
+    given_up: threading.Event
 
 
 class Beside:
@@ -49,24 +52,23 @@ class Beside:
         self._config = config
         self._parts = parts
         self._heldout = heldout
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="beside")
         self._pending: _Pending | None = None
-        # Rollouts of a step that is done again must not be taken for the first ones.
-        self._session = secrets.token_hex(3)
 
     @property
-    def busy(self) -> bool:
-        """Whether a version is being scored."""
-        return self._pending is not None
+    def step(self) -> int | None:
+        """The step whose version is being scored, if there is one."""
+        return None if self._pending is None else self._pending.step
 
     def begin(self, step: int, versions: Mapping[str, tuple[Path, int]]) -> None:
         """Begins to score the versions of a step, by policy the folder and the number.
 
-        Does not wait: engines take on the weights and rollouts are queued by a thread.
+        The folders must be there. Does not wait: engines take on the weights and rollouts are
+        queued by a thread.
         """
         specs = rollout_specs(
             f"{MEASURING}-b{step:05d}",
-            self._session,
+            # A step that is scored once more, after the run went back, has other rollouts.
+            secrets.token_hex(3),
             self._heldout,
             self._config.evaluation.samples_per_task,
             self._config,
@@ -76,47 +78,54 @@ class Beside:
         # Steps that wait for their rollouts come first.
         specs = [replace(one, answered_by=answered_by, priority=one.priority - 1) for one in specs]
         numbers = {policy: number for policy, (_, number) in versions.items()}
-        begun = self._pool.submit(self._begin, specs, versions)
-        self._pending = _Pending(step, numbers, specs, begun)
+        given_up = threading.Event()
+        begun = begin(partial(self._begin, specs, versions, given_up), "beside")
+        self._pending = _Pending(step, numbers, specs, begun, given_up)
 
     def collect(self, timeout_s: float = 0.0) -> Scored | None:
         """What was scored, once all of its rollouts have ended; waits at most so long for it.
 
-        Raises InfrastructureError when the engines did not take on the version.
+        Raises InfrastructureError when the engines did not take on the version; it is then not
+        scored.
         """
         if self._pending is None:
             return None
         pending = self._pending
-        if not timeout_s and not pending.begun.done():
-            return None
+        deadline = time.monotonic() + timeout_s
         try:
-            pending.begun.result(timeout_s or None)
+            pending.begun.result(timeout_s)
         except TimeoutError:
             return None
+        except InfrastructureError:
+            self._pending = None
+            raise
         names = [spec.rollout_id for spec in pending.specs]
-        records = self._parts.queue.wait(names, timeout_s)
+        records = self._parts.queue.wait(names, max(0.0, deadline - time.monotonic()))
         if len(records) < len(names):
             return None
         self._parts.queue.forget(names)
         self._pending = None
         return Scored(pending.step, pending.versions, records)
 
-    def give_up(self) -> Scored | None:
-        """Cancels what has not ended; returns the rest, or None where nothing was under way."""
+    def give_up(self) -> None:
+        """Cancels the score that is under way, whose rollouts then count for nothing."""
         if self._pending is None:
-            return None
-        self._parts.queue.cancel([spec.rollout_id for spec in self._pending.specs])
-        found = self.collect(CANCEL_S)
-        if found is None:
-            raise InfrastructureError(
-                f"the held-out rollouts of step {self._pending.step} did not end within "
-                f"{CANCEL_S:g} s after they were cancelled"
-            )
-        return found
+            return
+        self._pending.given_up.set()
+        if self._pending.begun.done():
+            names = [spec.rollout_id for spec in self._pending.specs]
+            self._parts.queue.cancel(names)
+            self._parts.queue.wait(names, CANCEL_S)
+            self._parts.queue.forget(names)
+        self._pending = None
 
     def _begin(
-        self, specs: Sequence[RolloutSpec], versions: Mapping[str, tuple[Path, int]]
+        self,
+        specs: Sequence[RolloutSpec],
+        versions: Mapping[str, tuple[Path, int]],
+        given_up: threading.Event,
     ) -> None:
         for policy, (folder, number) in versions.items():
             self._parts.beside[policy].update_weights(str(folder), number)
-        self._parts.queue.enqueue(specs)
+        if not given_up.is_set():
+            self._parts.queue.enqueue(specs)

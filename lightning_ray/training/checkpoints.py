@@ -7,7 +7,7 @@ Invariant: a checkpoint appears whole or not at all, so its parts are of one mom
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_ray.errors import UserError
@@ -48,14 +48,20 @@ class Checkpoints:
 
         Raises UserError for one without a policy that is to learn.
         """
+        self.require(path, list(learners))
         for policy, learner in learners.items():
+            learner.load_checkpoint(path / policy, TIMEOUT_S)
+        return self.peek(path)
+
+    @staticmethod
+    def require(path: Path, policies: Sequence[str]) -> None:
+        """Raises UserError for a checkpoint without one of these policies, which are to learn."""
+        for policy in policies:
             if not (path / policy).is_dir():
                 raise UserError(
                     f"{path} has nothing of the policy {policy}, which is to be trained; it was "
                     "not when the run began"
                 )
-            learner.load_checkpoint(path / policy, TIMEOUT_S)
-        return self.peek(path)
 
     @staticmethod
     def peek(path: Path) -> RunState:

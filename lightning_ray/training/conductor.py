@@ -14,7 +14,7 @@ one moment, so a resumed run continues step count, versions and the order of tas
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from lightning_ray.agents import Task
@@ -43,6 +43,7 @@ from lightning_ray.training.rolling import (
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.scores import Scores
 from lightning_ray.training.state import RunState
+from lightning_ray.training.threads import begin
 from lightning_ray.training.trainee import Lesson, Trainee, built, step_metrics
 from lightning_ray.training.versions import Versions
 from lightning_ray.trajectories import task_keys
@@ -91,8 +92,12 @@ class Conductor:
     def restore(self, checkpoint: Path) -> None:
         """Continues from a checkpoint of this run."""
         self.state = self._checkpoints.load(checkpoint, self._parts.learners)
-        for name in self.trained:
-            self._folder.empty_partial_versions(name)
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """Leaves behind what belongs to steps that are not the run's any more."""
+        for trainee in self._trainees:
+            trainee.clear_up()
         self._hygiene.restore(self.state.step)
 
     @property
@@ -131,9 +136,16 @@ class Conductor:
                 self._advance(flow)
             except PartLostError as error:
                 flow.abandon()
-                self._go_back(error)
+                lost: PartLostError | None = error
+                while lost is not None:
+                    try:
+                        self._go_back(lost)
+                        lost = None
+                    except PartLostError as another:
+                        # Two that died together, or one that died meanwhile.
+                        lost = another
                 flow = self._flow()
-        self._scores.finish(self.state.history)
+        self._scores.finish(self.state.history, self._mend)
 
     def evaluate(self) -> HeldoutReport | None:
         """Scores the current version on the held-out tasks; None when there are none."""
@@ -178,6 +190,9 @@ class Conductor:
         last = self.state.step == self._config.training.steps
         if last or self.state.step % self._config.training.checkpoint_every == 0:
             self._checkpoint()
+        if self._scores.due(self.state.step):
+            for trainee in self._trainees:
+                trainee.settle()
         now = {one.name: one.standing(self.state.of(one.name)) for one in self._trainees}
         self._scores.beside(self.state.step, now, self.state.history)
 
@@ -247,12 +262,16 @@ class Conductor:
         self._parts.restarts.count(why_lost, self.state.step)
         for trainee in self._trainees:
             trainee.give_up()
-        self._parts.replace_learners()
         checkpoint = self._folder.last_checkpoint()
+        # Those that live have the weights of steps that are lost; without a checkpoint to load,
+        # they begin anew as well.
+        self._parts.replace_learners(everyone=checkpoint is None)
         if checkpoint is not None:
             self.restore(checkpoint)
         else:
             self.state = RunState(heldout_before=self.state.heldout_before)
+            self._clear_up()
+        self._scores.go_back(self.state.step)
         for trainee in self._trainees:
             trainee.hand_over(self.state.of(trainee.name))
         where = f"step {self.state.step}" if self.state.step else "the beginning"
@@ -300,17 +319,17 @@ class Conductor:
     def _learn(self, lessons: Mapping[str, Lesson]) -> None:
         """One step of every learner: at the same time where each has processors of its own."""
         states = {trainee.name: self.state.of(trainee.name) for trainee in self._trainees}
-        if len(self._trainees) > 1 and self._config.learner.num_gpus:
-            with ThreadPoolExecutor(len(self._trainees)) as pool:
-                pending = [
-                    pool.submit(trainee.learn, lessons[trainee.name], states[trainee.name])
-                    for trainee in self._trainees
-                ]
-            for learning in pending:
+        works = [
+            partial(trainee.learn, lessons[trainee.name], states[trainee.name])
+            for trainee in self._trainees
+        ]
+        if len(works) > 1 and all(trainee.has_gpus for trainee in self._trainees):
+            for learning in [begin(work, "learn") for work in works]:
+                # Each has a limit of its own.
                 learning.result()
         else:
-            for trainee in self._trainees:
-                trainee.learn(lessons[trainee.name], states[trainee.name])
+            for work in works:
+                work()
         for name, lesson in lessons.items():
             of = f" for {name}" if len(lessons) > 1 else ""
             if lesson.report is None:
@@ -325,7 +344,8 @@ class Conductor:
                 # What died since the rollouts were waited for is replaced, and its agents spared.
                 trainee.publish(self.state.of(trainee.name), step, self._mend)
                 # A run is resumed with the version its checkpoint was published as.
-                trainee.prune(self._checkpoints.needed(trainee.name))
+                held = self._scores.held(trainee.name)
+                trainee.prune({*self._checkpoints.needed(trainee.name), *held})
 
     def _checkpoint(self) -> None:
         with self._progress.phase("checkpoint"):

@@ -75,6 +75,8 @@ def check_finetune(config: FinetuneConfig) -> None:
         )
     config.learner = settings_of(config, config.policy).learner
     config.learner.critic_rate = 0.0
+    # An epoch is scored before the next begins, by the engines that there are.
+    config.evaluation.every = 0
     config.policy.algorithm, config.policy.learner = {}, {}
     if not samples.runs:
         raise UserError("from= is needed: the run, or runs, whose spans are learnt from")

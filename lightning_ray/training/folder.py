@@ -134,6 +134,16 @@ class RunFolder:
         found = self._numbered(self.versions_of(policy), _VERSION)
         return self._number(found[-1]) if found else 0
 
+    def whole_versions(self, policy: str) -> list[int]:
+        """The numbers of the versions that lie on disk, whole."""
+        names = [path.name for path in self._numbered(self.versions_of(policy), _VERSION)]
+        return [int(name) for name in names if name.isdigit()]
+
+    def take_back_version(self, policy: str, number: int) -> None:
+        """Makes a whole version one that was never written whole."""
+        path = self.version(policy, number)
+        os.rename(path, path.with_name(f".{number}.partial"))
+
     def empty_partial_versions(self, policy: str) -> None:
         """Frees what versions take that were never written whole; their numbers stay taken."""
         for left in self.versions_of(policy).glob(".*.partial"):

@@ -26,7 +26,8 @@ class Own:
 
 
 def own_settings(policy: PolicyConfig, run: Own) -> Own:
-    """The run's settings, with the policy's own in their place.
+    """The run's settings, with the policy's own in their place; another algorithm than the run's
+    begins with the defaults.
 
     Raises UserError for one that does not exist, or that no policy can have for itself.
     """
@@ -37,8 +38,13 @@ def own_settings(policy: PolicyConfig, run: Own) -> Own:
                 f"rollouts; set algorithm.{name}"
             )
     where = f"policies.{policy.name}"
+    algorithm = run.algorithm
+    if policy.algorithm.get("name", algorithm.name) != algorithm.name:
+        # What the run's algorithm is set to means nothing to another one.
+        shared = {name: getattr(algorithm, name) for name in OF_THE_RUN}
+        algorithm = AlgorithmConfig(**shared)
     own = Own(
-        algorithm=_merged(run.algorithm, policy.algorithm, f"{where}.algorithm"),
+        algorithm=_merged(algorithm, policy.algorithm, f"{where}.algorithm"),
         credit=_merged(run.credit, policy.credit, f"{where}.credit"),
         learner=_merged(run.learner, policy.learner, f"{where}.learner"),
     )

@@ -227,13 +227,14 @@ class Parts:
         with self._progress.phase("starting the DeepSpeed learner", slow=True):
             self._start_learners()
 
-    def replace_learners(self) -> None:
-        """Other learners in place of those that died; they have the base models' weights.
+    def replace_learners(self, everyone: bool = False) -> None:
+        """Other learners in place of those that died, or of all; they have the base models'
+        weights.
 
         Raises InfrastructureError when one does not start.
         """
-        dead = [name for name, learner in self.learners.items() if learner.lost]
-        for name in dead:
+        gone = [name for name, learner in self.learners.items() if everyone or learner.lost]
+        for name in gone:
             self.learners.pop(name).stop()
         with self._progress.phase("starting the DeepSpeed learner again", slow=True):
             self._start_learners()

@@ -22,6 +22,6 @@ class Restarts:
         self._count += 1
         if self._count > self._most:
             raise InfrastructureError(
-                f"parts died {self._count} times in step {self._reached + 1} "
+                f"parts died {self._count} times with no step in between "
                 f"(training.max_restarts={self._most}); the last: {what}"
             )

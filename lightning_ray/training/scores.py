@@ -1,11 +1,12 @@
 """Scores on the held-out tasks: before training, after it, and beside it."""
 
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lightning_ray.agents import Task
-from lightning_ray.errors import UserError
+from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.evaluation import HeldoutReport, Side
 from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.tracking import Progress, TrackedRun
@@ -22,6 +23,8 @@ from lightning_ray.training.rolling import (
     rollout_specs,
     run_rollouts,
 )
+
+SLICE_S = 2.0
 
 History = list[dict[str, float]]
 """Metrics of every step trained, oldest first."""
@@ -80,30 +83,63 @@ class Scores:
         self.sides.append(Side(label, outcomes))
         return self._report(step, versions, records)
 
+    def due(self, step: int) -> bool:
+        """Whether the version of a step is to be scored beside training."""
+        every = self._config.evaluation.every
+        # What is scored after training needs not be scored beside it.
+        return bool(every) and step % every == 0 and step != self._config.training.steps
+
     def beside(self, step: int, versions: Mapping[str, tuple[Path, int]], history: History) -> None:
         """Once a step: notes a score that has come, and begins the one that is due.
 
-        `versions` are those of the policies that learn: folder and number.
+        `versions` are those of the policies that learn, folder and number; their folders are there
+        when the step is due.
         """
-        every = self._config.evaluation.every
-        if not every:
+        self._collect(0.0, history)
+        if not self.due(step):
             return
-        self._note(self._beside.collect(), history)
-        if step % every or step == self._config.training.steps:
-            # What is scored after training needs not be scored beside it.
-            return
-        if self._beside.busy:
-            self._progress.note(f"step {step} is not scored: an earlier one still is")
+        if self._beside.step is not None:
+            self._progress.note(f"step {step} is not scored: step {self._beside.step} still is")
             return
         self._beside.begin(step, versions)
 
-    def finish(self, history: History) -> None:
-        """Waits for the score that is under way; cancels it after `rollouts.batch_timeout_s`."""
-        if not self._beside.busy:
+    def finish(self, history: History, watch: Callable[[], None]) -> None:
+        """Waits for the score that is under way; gives it up after `rollouts.batch_timeout_s`.
+
+        `watch` is called while it waits.
+        """
+        if self._beside.step is None:
             return
-        with self._progress.phase("waiting for the score of an earlier step", slow=True):
-            found = self._beside.collect(self._config.rollouts.batch_timeout_s)
-            self._note(found or self._beside.give_up(), history)
+        deadline = time.monotonic() + self._config.rollouts.batch_timeout_s
+        with self._progress.phase(f"waiting for the score of step {self._beside.step}", slow=True):
+            while self._beside.step is not None:
+                self._collect(SLICE_S, history)
+                watch()
+                if time.monotonic() > deadline and self._beside.step is not None:
+                    limit = self._config.rollouts.batch_timeout_s
+                    self._progress.note(
+                        f"step {self._beside.step} is not scored: its rollouts did not end within "
+                        f"{limit:g} s (rollouts.batch_timeout_s)"
+                    )
+                    self._beside.give_up()
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from a step: a score of a later one is no longer the run's."""
+        if self._beside.step is not None and self._beside.step > step:
+            self._beside.give_up()
+
+    def held(self, policy: str) -> list[int]:
+        """The version that the engines beside training keep, and would start with again."""
+        group = self._parts.beside.get(policy)
+        return [] if group is None else [group.version]
+
+    def _collect(self, timeout_s: float, history: History) -> None:
+        step = self._beside.step
+        try:
+            self._note(self._beside.collect(timeout_s), history)
+        except InfrastructureError as error:
+            # Training needs none of it.
+            self._progress.note(f"step {step} is not scored: {error}")
 
     def _note(self, found: Scored | None, history: History) -> None:
         if found is None:

@@ -4,6 +4,7 @@ Several learn from the same rollouts, each from the tokens that it sampled itsel
 algorithm and credit, and each counts its own versions.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,20 @@ import pyarrow as pa
 import ray
 
 from lightning_ray.algorithms import make_algorithm, own_loss
-from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.errors import InfrastructureError, PartLostError, UserError
 from lightning_ray.learner import StepReport
 from lightning_ray.policies import PolicyConfig
 from lightning_ray.policies.handover import Way
 from lightning_ray.rollouts import RolloutRecord
+from lightning_ray.tracking.panel import METRICS
 from lightning_ray.training.batches import Batch
 from lightning_ray.training.config import TrainConfig, settings_of
 from lightning_ray.training.parts import Parts
 from lightning_ray.training.shipping import ship_by_value
 from lightning_ray.training.state import PolicyState
 from lightning_ray.training.versions import PUBLISH_TIMEOUT_S, Versions
+
+log = logging.getLogger(__name__)
 
 BATCH_TIMEOUT_S = 300.0
 
@@ -75,7 +79,7 @@ class Trainee:
         ship_by_value(self._algorithm)
         self._unsettled: tuple[int, int, int, str] | None = None
         """Of a version that may not lie on disk yet: number, parent, step, checksum."""
-        self._found: Way | None = None
+        self.has_gpus = self._own.learner.num_gpus > 0
 
     def register_base(self) -> None:
         """Enters the base model as version 0."""
@@ -132,9 +136,15 @@ class Trainee:
         self._unsettled = (number, state.version, step, handed.digest)
         mend()
         by_store = self._config.training.weights is Way.OBJECT_STORE
-        self._parts.groups[self.name].update_weights(
-            str(path), number, handed=handed, by_store=by_store
-        )
+        try:
+            self._parts.groups[self.name].update_weights(
+                str(path), number, handed=handed, by_store=by_store
+            )
+        except InfrastructureError:
+            # Weights that lay in the memory of a learner are gone with it: then it is that that
+            # was lost, which this says.
+            self._parts.learners[self.name].settle(PUBLISH_TIMEOUT_S)
+            raise
         state.version = number
         state.published.append(number)
 
@@ -147,16 +157,23 @@ class Trainee:
         if self._unsettled is None:
             return
         number, parent, step, digest = self._unsettled
-        self._parts.learners[self.name].settle(PUBLISH_TIMEOUT_S)
+        if not self._versions.path(number).is_dir():
+            self._parts.learners[self.name].settle(PUBLISH_TIMEOUT_S)
         self._unsettled = None
         made_by = self._own.algorithm.name
         self._versions.register(number, self._versions.path(number), parent, step, made_by, digest)
 
     def give_up(self) -> None:
         """Drops what a learner that died had not written; its number stays taken."""
-        if self._parts.learners[self.name].lost:
+        try:
+            self.settle()
+        except PartLostError as error:
+            log.info("version %s was lost: %s", self._unsettled, error)
             self._unsettled = None
-        self.settle()
+
+    def clear_up(self) -> None:
+        """Frees what versions take that were never written whole, or never registered."""
+        self._versions.clear_up()
 
     def standing(self, state: PolicyState) -> tuple[Path, int]:
         """The version that the run stands at: where its weights lie or will lie, and its number."""
@@ -173,15 +190,16 @@ class Trainee:
         self._versions.prune(needed)
 
     def _way(self) -> Way:
-        """How weights travel: where the engines are does not change in a run."""
+        """How weights travel. Asked each time: what dies may come back on another node."""
         chosen = self._config.training.weights
         if chosen is not Way.AUTO:
             return chosen
-        if self._found is None:
-            here = {self._parts.learners[self.name].node()}
-            elsewhere = self._parts.groups[self.name].nodes() - here
-            self._found = Way.OBJECT_STORE if elsewhere else Way.SHARED_MEMORY
-        return self._found
+        here = {self._parts.learners[self.name].node()}
+        return (
+            Way.SHARED_MEMORY
+            if self._parts.groups[self.name].nodes() == here
+            else (Way.OBJECT_STORE)
+        )
 
     def sample(self, lesson: Lesson, count: int) -> pa.Table:
         """The first `count` sequences of a lesson."""
@@ -225,4 +243,17 @@ def step_metrics(lessons: dict[str, Lesson], versions: dict[str, int]) -> dict[s
     return found
 
 
+def shown_metrics(policies: Sequence[str]) -> list[str]:
+    """What a person follows of a step in which these policies learn."""
+    if len(policies) == 1:
+        return list(METRICS)
+    own = [name for name in METRICS if name in _OF_ONE]
+    return [
+        *(f"{policy}/{name}" for policy in policies for name in own),
+        *(name for name in METRICS if name not in own),
+    ]
+
+
+_OF_ONE = ("loss", "version")
+"""Metrics that mean nothing of several policies together."""
 _SUMMED = ("cut_calls", "cut_tokens", "left_out", "sampled_tokens")

@@ -66,6 +66,15 @@ class Versions:
         self.register(number, path, parent, step, created_by)
         return number, path
 
+    def clear_up(self) -> None:
+        """Frees what versions take that were never written whole, or never registered because the
+        run ended before; their numbers stay taken."""
+        known = {version.number for version in self._registry.versions()}
+        for number in self._folder.whole_versions(self._policy.name):
+            if number not in known:
+                self._folder.take_back_version(self._policy.name, number)
+        self._folder.empty_partial_versions(self._policy.name)
+
     def prune(self, pinned: Collection[int]) -> None:
         """Removes the weights of old versions, but for those that a checkpoint needs, `pinned`,
         and those that are released."""

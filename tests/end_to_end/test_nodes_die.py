@@ -57,8 +57,11 @@ class Nodes:
         for node in self.cluster.list_all_nodes():
             raylet = node.all_processes["raylet"][0].process.pid
             for one in psutil.Process(raylet).children(recursive=True):
-                if " ".join(one.cmdline()).startswith(name):
-                    one.send_signal(signal.SIGKILL)
+                try:
+                    if " ".join(one.cmdline()).startswith(name):
+                        one.send_signal(signal.SIGKILL)
+                except psutil.NoSuchProcess:
+                    continue  # An agent that has just ended.
 
 
 @dataclass

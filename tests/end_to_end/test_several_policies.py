@@ -33,6 +33,18 @@ class Story:
     summary: RunSummary
 
 
+def named(parent: int, name: str) -> list[psutil.Process]:
+    """The processes below another one that are called so."""
+    found = []
+    for one in psutil.Process(parent).children(recursive=True):
+        try:
+            if " ".join(one.cmdline()).startswith(name):
+                found.append(one)
+        except psutil.NoSuchProcess:
+            continue  # An agent that has just ended.
+    return found
+
+
 @pytest.fixture(scope="module")
 def story(cli, tmp_path_factory) -> Story:
     """Trains both; once step 2 is done, one of the two learners dies."""
@@ -50,17 +62,18 @@ def story(cli, tmp_path_factory) -> Story:
         "+policies.solver.keep_versions=9",
         "evaluation.tasks=null",
     )
-    lines = []
+    chance = random.Random(7)
+    lines, killed = [], False
     assert process.stdout is not None
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("step 2/"):
-            time.sleep(random.Random(7).uniform(0, 4))
-            family = psutil.Process(process.pid).children(recursive=True)
+        if line.startswith("step 2/") and not killed:
+            killed = True
+            time.sleep(chance.uniform(0, 4))
             # As many learners as roles, whoever of them it is.
-            learners = [p for p in family if " ".join(p.cmdline()).startswith("ray::LearnerW")]
+            learners = named(process.pid, "ray::LearnerW")
             assert len(learners) == len(ROLES)
-            learners[-1].send_signal(signal.SIGKILL)
+            chance.choice(learners).send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == 0, "".join(lines)
     (path,) = [path for path in output.iterdir() if (path / "overrides.json").is_file()]
     return Story(RunFolder(path), "".join(lines), read_summary(path / "summary.json"))

@@ -148,7 +148,7 @@ def the_learner_takes_a_step(stack: Stack, seen: Seen, forced: bool) -> None:
     assert report.inexact == {} and report.empty == ()
     credit = {attempt: 1.0 if place % 2 else -1.0 for place, attempt in enumerate(groups)}
     batch = ray.put(with_advantages(sequences, credit))
-    step = stack.parts.learner.step(batch, LossConfig(), 300)
+    step = stack.parts.learners[stack.config.policy.name].step(batch, LossConfig(), 300)
     assert step.skipped is None
     assert step.sampled_tokens == report.trainable_tokens > 0
     assert step.grad_norm > 0

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lightning_ray.algorithms import AlgorithmConfig
 from lightning_ray.errors import UserError
 from lightning_ray.jobs.compose import compose_config
 from lightning_ray.training import TrainConfig, check_train
@@ -32,6 +33,19 @@ def test_a_policy_has_settings_of_its_own_and_the_runs_for_the_rest() -> None:
     assert (solver.algorithm.name, solver.algorithm.loss.kind) == ("rloo", "policy_gradient")
     assert solver.algorithm.group_size == config.algorithm.group_size
     assert solver.credit.rewards == {"reward": 0.0, "exact": 1.0}
+
+
+def test_another_algorithm_begins_with_the_defaults_and_not_with_the_runs_settings() -> None:
+    config = settled(
+        "algorithm=dr_grpo", "algorithm.group_size=4", "+algorithm@policies.solver.algorithm=grpo"
+    )
+    planner, solver = (settings_of(config, policy) for policy in trained_policies(config))
+    assert (planner.algorithm.name, planner.algorithm.normalize) == ("dr_grpo", "none")
+    assert solver.algorithm == AlgorithmConfig(group_size=4)
+    # The same one takes over what the run's is set to.
+    config = settled("algorithm.min_group=3", "+policies.solver.algorithm.std_epsilon=0.5")
+    solver = settings_of(config, config.policies["solver"])
+    assert (solver.algorithm.min_group, solver.algorithm.std_epsilon) == (3, 0.5)
 
 
 def test_only_the_one_with_a_critic_learns_values() -> None:
