@@ -7,6 +7,7 @@
 # make bench-learner   measures a step of the learner beside TRL's
 # make bench-step      measures whole steps of the default experiment beside TRL's trainer
 # make bench-weights   measures handing new weights to an engine, by every way
+# make soak           trains for half an hour while something dies every minute
 # make bench-pipeline  measures asynchronous training beside synchronous
 # make bench-gateway   measures the gateway beside agentlightning 1.0's, and with nothing in between
 # make check   format, lint, types, and the direction of imports
@@ -15,7 +16,7 @@ ARGS ?=
 # Which example agents: all of them, unless names are given.
 FRAMEWORKS ?=
 
-.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-step bench-weights bench-pipeline check format lock clean
+.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-step bench-weights bench-pipeline soak check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -47,6 +48,9 @@ bench-step: setup
 
 bench-weights: setup
 	@$(VENV)/bin/python -m benchmarks.weights $(ARGS)
+
+soak: setup
+	@$(VENV)/bin/python -m benchmarks.soak $(ARGS)
 
 bench-pipeline: setup
 	@$(VENV)/bin/python -m benchmarks.pipeline $(ARGS)

@@ -7,7 +7,7 @@ for byte, whatever was understood of it.
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any
 
 import aiohttp
@@ -62,7 +62,7 @@ class AnsweredCall(ABC):
         await self._record(reader.result(), _status(reply), reply.status)
         return content
 
-    async def stream(self, reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def stream(self, reply: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         """A streamed reply's bytes as they come, recorded before the event that ends it."""
         reader = ReplyReader(streamed=True)
         recorded = False

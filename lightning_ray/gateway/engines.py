@@ -37,6 +37,7 @@ class Engines:
         self._down: dict[str, float] = {}
         self._moved = moved
         self._now_at: dict[str, Answerer] = {}
+        self._asked_at: dict[str, float] = {}
 
     def order(self, answerer: Answerer, rollout_id: str) -> list[str]:
         """The engines in the order in which a rollout's call is to ask them."""
@@ -69,28 +70,34 @@ class Engines:
                 for _ in range(2):
                     try:
                         return await session.request(method, url + path, headers=headers, **options)
-                    except aiohttp.ClientConnectorError as error:
+                    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                         failed = error
                         break
                     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                         failed = error
                 self._down[url] = time.monotonic() + DOWN_S
                 log.warning("the engine at %s does not answer: %s", url, failed)
+                if await self._moved_on(answerer):
+                    break
             assert failed is not None
             if time.monotonic() >= deadline:
-                raise failed
+                # No timeout of the call's: that it has is another thing.
+                raise aiohttp.ClientConnectionError(str(failed)) from failed
             await asyncio.sleep(ASK_AGAIN_S)
-            await self._find(answerer)
 
-    async def _find(self, answerer: Answerer) -> None:
-        """Asks whether the engines have moved."""
-        if self._moved is None:
-            return
+    async def _moved_on(self, answerer: Answerer) -> bool:
+        """Whether the engines are found to be elsewhere now; asked now and then."""
+        policy, now = answerer.policy, time.monotonic()
+        if self._moved is None or now < self._asked_at.get(policy, 0.0) + ASK_AGAIN_S:
+            return False
+        self._asked_at[policy] = now
         try:
             async with asyncio.timeout(FIND_S):
-                urls = await self._moved(answerer.policy)
+                urls = tuple(await self._moved(policy))
         except (InfrastructureError, ray.exceptions.RayError, TimeoutError) as error:
-            log.info("nobody says where the engines of %s are: %s", answerer.policy, error)
-            return
-        if urls:
-            self._now_at[answerer.policy] = replace(answerer, urls=tuple(urls))
+            log.info("nobody says where the engines of %s are: %s", policy, error)
+            return False
+        if not urls or urls == self._now_at.get(policy, answerer).urls:
+            return False
+        self._now_at[policy] = replace(answerer, urls=urls)
+        return True

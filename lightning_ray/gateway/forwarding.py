@@ -126,15 +126,14 @@ class Forwarder:
                 data=content or None,
             )
         except aiohttp.ClientError as error:
-            await self._blame(attempt_id, False, error)
+            await self._blame(attempt_id, error, False)
             raise
         # Also of a reply that is not passed on in the end.
         visit_of(request).leaving.append(reply.close)
-        if noted is not None:
-            return await recorded(noted, reply)
-        return await relay(reply, partial(self._blame, attempt_id, True))
+        broken = partial(self._blame, attempt_id)
+        return await (relay(reply, broken) if noted is None else recorded(noted, reply, broken))
 
-    async def _blame(self, attempt_id: str, lost: bool, error: aiohttp.ClientError) -> None:
+    async def _blame(self, attempt_id: str, error: aiohttp.ClientError, lost: bool) -> None:
         """Tells the queue that an engine failed an attempt, so that it is no fault of the agent."""
         if self._line is None:
             return

@@ -1,6 +1,7 @@
 """Passing requests and replies on: the headers that go along, and bytes as they come."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 
 import aiohttp
 from starlette.requests import Request
@@ -27,11 +28,12 @@ _DROPPED = frozenset(
 )
 _OURS = "x-lightning-ray-"
 
-Broken = Callable[[aiohttp.ClientError], Awaitable[None]]
-"""Told of an engine that broke off, before the agent can see it."""
+Broken = Callable[[aiohttp.ClientError, bool], Awaitable[None]]
+"""Told of an engine that broke off, before the agent can see it; and whether a part of its answer
+has gone to the agent already."""
 
 
-async def nobody(error: aiohttp.ClientError) -> None:
+async def nobody(error: aiohttp.ClientError, lost: bool) -> None:
     """Tells nobody."""
 
 
@@ -57,17 +59,37 @@ async def relay(reply: aiohttp.ClientResponse, broken: Broken = nobody) -> Respo
     headers = _reply_headers(reply)
     if "content-length" in reply.headers:
         async with reply:
-            return Response(await reply.read(), reply.status, headers)
+            try:
+                return Response(await reply.read(), reply.status, headers)
+            except aiohttp.ClientError as error:
+                await broken(error, False)
+                raise
     return StreamingResponse(_stream(reply, broken), reply.status, headers)
 
 
-async def recorded(call: AnsweredCall, reply: aiohttp.ClientResponse) -> Response:
-    """Passes a reply on, and leaves a span of what was said."""
+async def recorded(
+    call: AnsweredCall, reply: aiohttp.ClientResponse, broken: Broken = nobody
+) -> Response:
+    """Passes a reply on, and leaves a span of what was said; `broken` as in `relay`."""
     headers = _reply_headers(reply)
     if "text/event-stream" in reply.headers.get("content-type", ""):
-        return StreamingResponse(call.stream(reply), reply.status, headers)
+        return StreamingResponse(_told(call.stream(reply), broken), reply.status, headers)
     async with reply:
-        return Response(await call.whole(reply), reply.status, headers)
+        try:
+            return Response(await call.whole(reply), reply.status, headers)
+        except aiohttp.ClientError as error:
+            await broken(error, False)
+            raise
+
+
+async def _told(parts: AsyncGenerator[bytes, None], broken: Broken) -> AsyncIterator[bytes]:
+    async with aclosing(parts):
+        try:
+            async for part in parts:
+                yield part
+        except aiohttp.ClientError as error:
+            await broken(error, True)
+            raise
 
 
 async def _stream(reply: aiohttp.ClientResponse, broken: Broken) -> AsyncIterator[bytes]:
@@ -77,5 +99,5 @@ async def _stream(reply: aiohttp.ClientResponse, broken: Broken) -> AsyncIterato
             async for part in reply.content.iter_any():
                 yield part
         except aiohttp.ClientError as error:
-            await broken(error)
+            await broken(error, True)
             raise

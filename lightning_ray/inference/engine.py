@@ -130,10 +130,12 @@ class InferenceEngine:
         return time.monotonic() - begun
 
     async def _written(self, folder: str) -> None:
-        """Waits until a version that was just handed over lies on disk."""
+        """Waits for a version that is being written just now; for what is not, nobody waits."""
+        path = Path(folder)
+        partial = path.with_name(f".{path.name}.partial")
         try:
             async with asyncio.timeout(self._config.start_timeout_s):
-                while not await asyncio.to_thread(Path(folder).is_dir):
+                while not path.is_dir() and partial.is_dir():
                     await asyncio.sleep(0.1)
         except TimeoutError as error:
             raise InfrastructureError(

@@ -226,6 +226,15 @@ class InferenceGroup:
             if ready:
                 try:
                     self.urls[place] = ray.get(ready[0], timeout=limit)
+                except ray.exceptions.ActorUnschedulableError:
+                    # Its node was lost with it, and was not known to be when it was started.
+                    log.info("the node of %s is gone; trying elsewhere", self.urls[place])
+                    self._engines[place] = self._start(self.urls[place])
+                    if time.monotonic() > since + limit:
+                        raise InfrastructureError(
+                            f"no node took an engine in place of one that died in {limit:g} s"
+                        ) from None
+                    continue
                 except ray.exceptions.RayError as error:
                     raise InfrastructureError(
                         f"no engine could be started in place of one that died: {_cause(error)}"

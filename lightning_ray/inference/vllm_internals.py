@@ -6,6 +6,7 @@ Written against vLLM 0.32. Imported inside the engine's actor only.
 import asyncio
 import hashlib
 import logging
+import os
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -20,6 +21,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestState
 
 from lightning_ray.cluster.processor import multiplies_bfloat16
@@ -105,6 +107,11 @@ class RecordingLLM(AsyncLLM):
                         finished, call = call, None
                         await self._recorder.record(finished, SpanStatus.OK)
                 yield output
+        except EngineDeadError:
+            # vLLM would answer that its engine is dead, as if that were an answer. Whoever waits
+            # here sees a connection that breaks, and another engine takes this one's place.
+            log.error("vLLM's engine died; its actor ends with it")
+            os._exit(1)
         finally:
             if call is not None:
                 _note_versions(call, states)

@@ -168,6 +168,8 @@ class Outgoing:
             if self._writing.is_alive():
                 raise InfrastructureError(f"{self._target} was not written within {timeout_s:g} s")
             self._writing = None
+            if not self._target.is_dir() and self._failed is None:
+                self._failed = FileNotFoundError("its folder is not there")
         if self._failed is not None:
             failed, self._failed = self._failed, None
             raise InfrastructureError(f"{self._target} could not be written: {failed}") from failed
@@ -180,8 +182,7 @@ class Outgoing:
     def _write_quietly(self, memory: MemoryFile, partial: Path, dtype: str) -> None:
         try:
             self._write(memory, partial, dtype)
-        except (OSError, ValueError) as error:
-            # Told to who settles.
+        except Exception as error:  # noqa: BLE001 (told to who settles)
             self._failed = error
 
 

@@ -60,6 +60,10 @@ class Line:
         """Where a policy's engines are, if they have moved; see `RolloutQueue.engines_of`."""
         return self._call("engines_of", policy)
 
+    def excuse(self, attempt_id: str, outcome: AttemptOutcome) -> "asyncio.Future[AttemptOutcome]":
+        """What an attempt's outcome is made of, when faults of ours are known; see `Blame`."""
+        return self._call("excuse", attempt_id, outcome)
+
     def blame(self, attempt_id: str, why: str, lost: bool) -> "asyncio.Future[None]":
         """An attempt met a fault of ours; `lost` says that an answer was cut off."""
         return self._call("blame", attempt_id, why, lost)

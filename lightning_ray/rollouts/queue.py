@@ -39,7 +39,7 @@ from lightning_ray.spans import SpanClient
 log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 1.0
-_TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve", "blame", "engines_of"})
+_TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve", "blame", "excuse", "engines_of"})
 LISTEN_EVERY_S = 0.3
 """How often spans are taken as heartbeats, at most."""
 
@@ -191,6 +191,10 @@ class RolloutQueue:
         """An attempt met a fault of ours; see `Blame`."""
         if self._lives.live(attempt_id):
             self._blame.note(attempt_id, why, lost)
+
+    async def excuse(self, attempt_id: str, outcome: AttemptOutcome) -> AttemptOutcome:
+        """What is made of an outcome that an attempt came to; see `Blame`."""
+        return self._blame.excuse(attempt_id, outcome)
 
     async def engines_are_at(self, policy: str, urls: Sequence[str]) -> None:
         """A policy's engines have other addresses than the door was told when it opened."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 from ray import cloudpickle
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_ray.rollouts.asking import ask
 from lightning_ray.rollouts.config import RolloutsConfig
@@ -100,8 +101,13 @@ def start_queue(
     It keeps its journal in `folder`, and restarts from it; without one it is in memory only.
     `spans` are its heartbeats. Raises InfrastructureError when it does not start.
     """
+    # Where the job was started: of other nodes any may come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(RolloutQueue).options(
-        num_cpus=0, max_concurrency=10_000, max_restarts=0 if folder is None else -1
+        num_cpus=0,
+        max_concurrency=10_000,
+        max_restarts=0 if folder is None else -1,
+        scheduling_strategy=here,
     )
     # As bytes: arguments with references in them may be gone when the actor restarts.
     heartbeats = None if spans is None else cloudpickle.dumps(spans)

@@ -148,6 +148,11 @@ class RolloutWorker:
             reason = f"{type(error).__name__}: {error}"
             outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=reason, fault=True), None
         try:
+            # What is ours must not lie in the spans as an outcome of the agent's either.
+            outcome = await self._line.excuse(lease.attempt_id, outcome)
+        except (InfrastructureError, ray.exceptions.RayError) as error:
+            log.warning("nobody says whether %s met a fault: %s", lease.attempt_id, error)
+        try:
             await self._spans.append(_end_spans(lease, outcome, result, begun))
         except LightningRayError as error:
             log.error("attempt %s could not be recorded: %s", lease.attempt_id, error)

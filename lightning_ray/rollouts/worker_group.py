@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from lightning_ray.agents import AgentConfig
+from lightning_ray.errors import own_error
 from lightning_ray.rollouts.config import RolloutsConfig
 from lightning_ray.rollouts.lives import Counts
 from lightning_ray.rollouts.queue_client import QueueClient
@@ -57,6 +58,8 @@ class WorkerGroup:
             max_concurrency=100,
             max_restarts=0,
         )
+        self._new: list[ray.ObjectRef] = []
+        """Of those that have been started, the ends of their starts, until they are looked at."""
         self._workers = [self._start() for _ in range(config.num_workers)]
         self._leaving: dict[str, tuple[_Worker, ray.ObjectRef]] = {}
         """Those that take no more work, and when what they run has ended."""
@@ -70,6 +73,7 @@ class WorkerGroup:
         Does not wait for the new ones. Raises InfrastructureError when the queue does not answer.
         """
         self._see_off()
+        self._look_at_new()
         gone, _ = ray.wait(
             [worker.gone for worker in self._workers], num_returns=len(self._workers), timeout=0
         )
@@ -103,13 +107,32 @@ class WorkerGroup:
         busy = {record.worker: record.running for record in self._queue.workers()}
         for worker in sorted(self._workers, key=lambda one: busy.get(one.name, 0))[:-change]:
             self._workers.remove(worker)
-            self._leaving[worker.name] = (worker, worker.actor.drain.remote())
+            if ray.wait([worker.started], timeout=0)[0]:
+                self._leaving[worker.name] = (worker, worker.actor.drain.remote())
+            else:
+                # It waits for a node, and nobody needs it any more.
+                ray.kill(worker.actor)
+                self._queue.lose(worker.name)
         return change
 
     @property
     def count(self) -> int:
         """Workers that take work, those that are starting among them."""
         return len(self._workers)
+
+    def _look_at_new(self) -> None:
+        """Raises what kept a worker from starting: it would count, and run nothing."""
+        ready, waiting = (
+            ray.wait(self._new, num_returns=len(self._new), timeout=0) if (self._new) else ([], [])
+        )
+        self._new = waiting
+        for started in ready:
+            try:
+                ray.get(started, timeout=START_TIMEOUT_S)
+            except ray.exceptions.RayActorError:
+                continue  # It died, which is seen to.
+            except ray.exceptions.RayTaskError as error:
+                raise own_error(error) from None
 
     def _see_off(self) -> None:
         """Ends the workers that have nothing left to do."""
@@ -132,4 +155,6 @@ class WorkerGroup:
     def _start(self) -> _Worker:
         name = secrets.token_hex(8)
         actor = self._actor.remote(*self._arguments, name, self._config.worker_lost_s / 4)
-        return _Worker(name, actor, actor.start.remote(), actor.gone.remote())
+        worker = _Worker(name, actor, actor.start.remote(), actor.gone.remote())
+        self._new.append(worker.started)
+        return worker

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_ray.errors import InfrastructureError, own_error
 from lightning_ray.spans.archive import check_archive
@@ -310,8 +311,14 @@ def start_store(folder: str, config: SpansConfig) -> SpanClient:
 
     Raises InfrastructureError when the folder cannot be used, UserError when the archive cannot.
     """
+    # Where the job was started: of other nodes any may come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(_Shard).options(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=1000,
+        scheduling_strategy=here,
     )
     shards = prepare_folder(Path(folder), config.shards)
     if config.archive:

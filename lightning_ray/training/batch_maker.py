@@ -7,6 +7,7 @@ one takes two seconds to import what building a batch needs: as long as the weig
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lightning_ray.training.batches import make_batch, oldest_versions
 
@@ -28,5 +29,9 @@ class BatchMaker:
 
 def start_batch_maker() -> "ray.actor.ActorHandle":
     """An actor of `BatchMaker`; it is gone with the job."""
-    actor = ray.remote(BatchMaker).options(num_cpus=0, max_restarts=-1, max_task_retries=TRIES)
+    # Where the job was started: of other nodes any may come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(BatchMaker).options(
+        num_cpus=0, max_restarts=-1, max_task_retries=TRIES, scheduling_strategy=here
+    )
     return actor.remote()

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_ray.agents import Task
-from lightning_ray.errors import PartLostError, UserError
+from lightning_ray.errors import InfrastructureError, PartLostError, UserError
 from lightning_ray.evaluation import HeldoutReport, Side
 from lightning_ray.gateway import make_roles
 from lightning_ray.policies import PolicyRegistry
@@ -251,7 +251,13 @@ class Conductor:
 
     def _mend(self) -> None:
         """Replaces parts that have died, such as rollout workers, and goes on."""
-        self._parts.mend(self.state.step)
+        try:
+            self._parts.mend(self.state.step)
+        except InfrastructureError:
+            # An engine may wait for weights of a learner that died with it: then this says so.
+            for trainee in self._trainees:
+                trainee.settle()
+            raise
 
     def _go_back(self, lost: PartLostError) -> None:
         """Starts the learner anew and goes on from the last checkpoint, or from the beginning.

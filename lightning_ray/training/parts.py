@@ -94,8 +94,8 @@ class Parts:
         self.beside = {}
         self.learners = {}
         self._held = False
-        self._told: dict[str, list[str]] = {}
-        """Where the door finds engines, by answerer."""
+        self._opened_with: dict[str, list[str]] = {}
+        """Where the door was told that engines are, by answerer."""
 
     @property
     def engines(self) -> InferenceGroup:
@@ -201,10 +201,10 @@ class Parts:
         for name, group in answering.items():
             if died := group.mend():
                 lines.append(f"{died} engines of {name} died and are being replaced")
-            if group.urls != self._told.get(name, group.urls):
-                # Its node was lost, and it came up on another.
+            if group.urls != self._opened_with.setdefault(name, list(group.urls)):
+                # A node was lost, and its engine came up on another. Said again and again: who is
+                # told may have been restarted.
                 self.queue.engines_are_at(name, group.urls)
-            self._told[name] = list(group.urls)
         # What nobody can answer waits in the queue, and not in an agent whose time runs.
         if (silent := any(not group.alive for group in self.groups.values())) != self._held:
             self.queue.hold(silent)

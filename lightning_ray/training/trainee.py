@@ -157,14 +157,21 @@ class Trainee:
         if self._unsettled is None:
             return
         number, parent, step, digest = self._unsettled
-        if not self._versions.path(number).is_dir():
+        if not self._written():
             self._parts.learners[self.name].settle(PUBLISH_TIMEOUT_S)
         self._unsettled = None
         made_by = self._own.algorithm.name
         self._versions.register(number, self._versions.path(number), parent, step, made_by, digest)
 
+    def _written(self) -> bool:
+        """Whether the newest version lies on disk, whole."""
+        return self._unsettled is None or self._versions.path(self._unsettled[0]).is_dir()
+
     def give_up(self) -> None:
         """Drops what a learner that died had not written; its number stays taken."""
+        if self._parts.learners[self.name].lost and not self._written():
+            # With several ranks others of them may be stuck in what the dead one left.
+            self._unsettled = None
         try:
             self.settle()
         except PartLostError as error:

@@ -2,18 +2,16 @@
 
 import random
 import re
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pyarrow.compute as pc
 import pytest
-from ray.cluster_utils import Cluster
 
+from benchmarks.nodes import Nodes
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.spans import read_folder
 from lightning_ray.tracking import RunSummary, read_summary
@@ -22,46 +20,18 @@ from lightning_ray.tracking.store import default_uri
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
-STEPS, TASKS, GROUP = 8, 4, 4
-PARTS = ("inference", "learner", "rollouts")
-"""Each has nodes of its own, of which there is one at a time."""
+STEPS, TASKS, GROUP = 9, 4, 4
 LOST = {
     "step 1/": ("node", "rollouts"),
     "step 2/": ("process", "ray::RolloutQueue"),
     "step 3/": ("node", "inference"),
-    "step 4/": ("process", "ray::SpanStore"),
+    "step 4/": ("process", "ray::_Shard"),
     "step 5/": ("process", "ray::ServeReplica"),
     "step 6/": ("node", "learner"),
     "step 7/": ("process", "ray::BatchMaker"),
+    "step 8/": ("process", "VLLM::EngineCore"),
 }
 """What is lost, at a random moment of the next step, by the line that is then seen."""
-
-
-@dataclass
-class Nodes:
-    """A head, where the job is started, and a node for each part; one that is lost is replaced."""
-
-    cluster: Cluster
-    parts: dict[str, object] = field(default_factory=dict)
-
-    def join(self, part: str) -> None:
-        """Another node for a part, as an autoscaler would bring it."""
-        self.parts[part] = self.cluster.add_node(num_cpus=1, labels={"part": part})
-
-    def lose(self, part: str) -> None:
-        """The part's node is gone at once, with all that runs there."""
-        self.cluster.remove_node(self.parts[part], allow_graceful=False)
-
-    def kill(self, name: str) -> None:
-        """The processes of these nodes that are called so."""
-        for node in self.cluster.list_all_nodes():
-            raylet = node.all_processes["raylet"][0].process.pid
-            for one in psutil.Process(raylet).children(recursive=True):
-                try:
-                    if " ".join(one.cmdline()).startswith(name):
-                        one.send_signal(signal.SIGKILL)
-                except psutil.NoSuchProcess:
-                    continue  # An agent that has just ended.
 
 
 @dataclass
@@ -78,27 +48,24 @@ class Story:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes = Nodes(cluster)
-    for part in PARTS:
-        nodes.join(part)
+    nodes = Nodes.start()
     yield nodes
-    cluster.shutdown()
+    nodes.close()
 
 
 @pytest.fixture(scope="module")
-def story(nodes: Nodes, cli, tmp_path_factory: pytest.TempPathFactory) -> Story:
+def story(
+    nodes: Nodes, cli, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Story:
     """Trains asynchronously while one part after the other is lost."""
     output = tmp_path_factory.mktemp("outputs")
     agent = ROOT / "benchmarks/agents/slow_calculator.py"
     process = cli.start(
         "train",
         "experiment=calculator",
-        f"cluster.address={nodes.cluster.address}",
+        *nodes.settings,
         f"output_dir={output}",
         f'agent.command=[python,{agent},"{{question}}","3","1"]',
-        *(f"++{part}.node_labels={{part: {part}}}" for part in PARTS),
-        "rollouts.num_cpus=1",
         "training.staleness=2",
         f"training.steps={STEPS}",
         f"training.tasks_per_step={TASKS}",
@@ -110,6 +77,7 @@ def story(nodes: Nodes, cli, tmp_path_factory: pytest.TempPathFactory) -> Story:
     waiting, lost, lines = dict(LOST), [], []
     longest, last = 0.0, None
     assert process.stdout is not None
+    request.addfinalizer(process.kill)
     for line in process.stdout:
         now = time.monotonic()
         longest = max(longest, now - last if last is not None else 0.0)
@@ -122,7 +90,7 @@ def story(nodes: Nodes, cli, tmp_path_factory: pytest.TempPathFactory) -> Story:
                 nodes.lose(what)
                 nodes.join(what)
             else:
-                nodes.kill(what)
+                assert nodes.kill(what), f"there is no {what}"
             lost.append((how, what))
     assert process.wait(timeout=60) == 0, "".join(lines)
     (folder,) = [path for path in output.iterdir() if (path / "overrides.json").is_file()]

@@ -46,7 +46,7 @@ def test_a_call_waits_for_an_engine_to_come_back_as_long_as_it_may(wait_s: float
                     session, "POST", answerer, "rollout", "/v1/chat", {}, wait_s, data=b"hello"
                 )
                 text = await reply.text()
-            except aiohttp.ClientConnectorError:
+            except aiohttp.ClientConnectionError:
                 text = "nobody"
         took = time.monotonic() - begun
         await (await coming).cleanup()

@@ -53,13 +53,13 @@ def test_workers_come_and_go_with_the_queue_and_no_rollout_is_tried_again(
     queue, workers = parts
     assert workers.fit(queue.counts()) == 0 and workers.count == 1
     # One runs on while the others have long had nothing to do.
-    seconds = {"long": 12, **{f"r{n}": 1 for n in range(20)}}
+    seconds = {"long": 30, **{f"r{n}": 1 for n in range(20)}}
     queue.enqueue([RolloutSpec(n, n, {"seconds": s}, 60.0) for n, s in seconds.items()])
     assert workers.fit(queue.counts()) == 2 and workers.count == MOST
     assert workers.fit(queue.counts()) == 0, "there are no more than max_workers"
     names = list(seconds)
     fewest = MOST
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while len(records := queue.wait(names, 0.3)) < len(names):
         assert time.monotonic() < deadline, "the rollouts did not end"
         workers.mend()
