@@ -142,6 +142,7 @@ def test_the_folder_and_the_named_variables_go_along(
     assert status == 2 and "has a job of that id" in printed
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_ends_its_log_with_status_1(typed, project) -> None:
     # A path that only the cluster's nodes have is not looked for here.
     job = _job(_train(typed, "training.tasks=/nowhere/tasks.jsonl")[1])

@@ -150,6 +150,7 @@ def failed(cli, tmp_path_factory) -> Failed:
     return Failed(done, output)
 
 
+@pytest.mark.slow
 def test_a_child_that_fails_is_reported_and_the_others_go_on(failed: Failed) -> None:
     assert failed.done.returncode == 1
     reasons = re.findall(r"^child (\d) failed: (.*)$", failed.done.stdout, re.M)
@@ -160,6 +161,7 @@ def test_a_child_that_fails_is_reported_and_the_others_go_on(failed: Failed) -> 
     assert "Traceback" not in failed.done.stdout + failed.done.stderr
 
 
+@pytest.mark.slow
 def test_each_child_is_a_run_below_the_sweeps_in_mlflow(failed: Failed) -> None:
     folder = failed.folder
     client = MlflowClient(f"sqlite:///{failed.output}/mlflow.db")

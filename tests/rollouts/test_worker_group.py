@@ -46,6 +46,7 @@ def parts(ray_cluster: None, tmp_path: Path) -> Iterator[tuple[QueueClient, Work
     ray.kill(queue.actor)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_workers_come_and_go_with_the_queue_and_no_rollout_is_tried_again(
     parts: tuple[QueueClient, WorkerGroup],
