@@ -38,14 +38,14 @@ from lightning_ray.spans import SpansConfig, start_store  # noqa: E402
 LAYERS = (6, 30, 60)
 """Of the models; 30 is the embedded one itself."""
 REAL = 30
-WAYS = (Way.SHARED_MEMORY, Way.OBJECT_STORE, Way.DISK)
+WAYS = (Way.shared_memory, Way.object_store, Way.disk)
 WITHIN_S = 300.0
 
 _UNIT = "s; ratio: times a plain copy of the bytes"
 CLAIMS = {
-    Way.SHARED_MEMORY: Claim("shared_memory", _UNIT, 3, cost=True),
-    Way.OBJECT_STORE: Claim("object_store", _UNIT, None, cost=True),
-    Way.DISK: Claim("disk", _UNIT, None, cost=True),
+    Way.shared_memory: Claim("shared_memory", _UNIT, 3, cost=True),
+    Way.object_store: Claim("object_store", _UNIT, None, cost=True),
+    Way.disk: Claim("disk", _UNIT, None, cost=True),
 }
 PAUSED = Claim("paused", "s that calls stand still; ratio: of the whole hand-over", 1, cost=True)
 
@@ -79,7 +79,7 @@ class Both:
         begun = time.monotonic()
         handed = self._learner.hand_over(path, way, WITHIN_S)
         paused = self._engines.update_weights(
-            str(path), self._version, handed=handed, by_store=way is Way.OBJECT_STORE
+            str(path), self._version, handed=handed, by_store=way is Way.object_store
         )
         whole = time.monotonic() - begun
         self._learner.settle(WITHIN_S)
@@ -182,7 +182,7 @@ def _measure(bench: Bench, layers: int, both: Both, nbytes: int) -> None:
         seconds = statistics.median(one.whole_s for one in mine)
         claim = CLAIMS[way]
         bench.results.append(report.Result(claim.name, seconds, plain, seconds / plain, claim.unit))
-    shared = found[Way.SHARED_MEMORY]
+    shared = found[Way.shared_memory]
     whole = statistics.median(one.whole_s for one in shared)
     paused = statistics.median(one.paused_s for one in shared)
     bench.results.append(report.Result(PAUSED.name, paused, whole, paused / whole, PAUSED.unit))

@@ -144,7 +144,7 @@ class Outgoing:
         memory = self._memory
         digest = memory.write(tensors)
         self._target = target
-        if way is Way.DISK:
+        if way is Way.disk:
             self._write(memory, partial, dtype)
             return Handed(str(target), digest, nbytes)
         self._writing = threading.Thread(
@@ -152,7 +152,7 @@ class Outgoing:
         )
         self._writing.start()
         data: tuple[Any, ...] = ()
-        if way is Way.OBJECT_STORE:
+        if way is Way.object_store:
             import ray
 
             data = (ray.put(memory.bytes().numpy()),)

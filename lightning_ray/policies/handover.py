@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Way(StrEnum):
     """How weights travel."""
 
-    AUTO = "auto"
+    auto = "auto"
     """Shared memory, and the object store where an engine is on another node than the learner."""
-    DISK = "disk"
-    SHARED_MEMORY = "shared_memory"
-    OBJECT_STORE = "object_store"
+    disk = "disk"
+    shared_memory = "shared_memory"
+    object_store = "object_store"
 
 
 @dataclass(frozen=True)

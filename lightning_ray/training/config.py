@@ -39,7 +39,7 @@ class TrainingConfig:
     """Most updates of the weights between a token and the step that learns from it. 0: the next
     rollouts begin when a step is done; above, they go on while the learner learns, and a group
     with older tokens is dropped."""
-    weights: Way = Way.AUTO
+    weights: Way = Way.auto
     """How new weights go from the learner to the engines: auto, disk, shared_memory or
     object_store."""
     checkpoint_every: int = 10

@@ -135,7 +135,7 @@ class Trainee:
         handed = self._parts.learners[self.name].hand_over(path, self._way(), PUBLISH_TIMEOUT_S)
         self._unsettled = (number, state.version, step, handed.digest)
         mend()
-        by_store = self._config.training.weights is Way.OBJECT_STORE
+        by_store = self._config.training.weights is Way.object_store
         try:
             self._parts.groups[self.name].update_weights(
                 str(path), number, handed=handed, by_store=by_store
@@ -199,13 +199,13 @@ class Trainee:
     def _way(self) -> Way:
         """How weights travel. Asked each time: what dies may come back on another node."""
         chosen = self._config.training.weights
-        if chosen is not Way.AUTO:
+        if chosen is not Way.auto:
             return chosen
         here = {self._parts.learners[self.name].node()}
         return (
-            Way.SHARED_MEMORY
+            Way.shared_memory
             if self._parts.groups[self.name].nodes() == here
-            else (Way.OBJECT_STORE)
+            else (Way.object_store)
         )
 
     def sample(self, lesson: Lesson, count: int) -> pa.Table:

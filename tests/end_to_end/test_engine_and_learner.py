@@ -279,7 +279,7 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
     stack.shared.take_on(stack.shared.base)
 
 
-@pytest.mark.parametrize("way", [Way.SHARED_MEMORY, Way.OBJECT_STORE, Way.DISK])
+@pytest.mark.parametrize("way", [Way.shared_memory, Way.object_store, Way.disk])
 def test_weights_arrive_by_every_way_as_they_were_sent(stack, tmp_path, way):
     """The engine's logprobs are then the learner's; the folder comes, with the same weights."""
     batch = stack.sample(f"sent-{way}", 8)
@@ -288,10 +288,10 @@ def test_weights_arrive_by_every_way_as_they_were_sent(stack, tmp_path, way):
     assert stack.learner.step(batch, LossConfig(), 300).skipped is None
     folder, version = tmp_path / "versions" / "1", stack.shared.version + 1
     handed = stack.learner.hand_over(folder, way, 120)
-    assert bool(handed.memory) is (way is not Way.DISK)
-    assert bool(handed.data) is (way is Way.OBJECT_STORE)
+    assert bool(handed.memory) is (way is not Way.disk)
+    assert bool(handed.data) is (way is Way.object_store)
     stack.engines.update_weights(
-        str(folder), version, handed=handed, by_store=way is Way.OBJECT_STORE
+        str(folder), version, handed=handed, by_store=way is Way.object_store
     )
     stack.shared.version = version
     agreed = stack.difference(stack.sample(f"arrived-{way}", 32))
@@ -311,7 +311,7 @@ def test_weights_arrive_by_every_way_as_they_were_sent(stack, tmp_path, way):
 
 def test_weights_that_arrive_damaged_answer_nobody(stack, tmp_path):
     folder = tmp_path / "versions" / "1"
-    handed = stack.learner.hand_over(folder, Way.SHARED_MEMORY, 120)
+    handed = stack.learner.hand_over(folder, Way.shared_memory, 120)
     wrong = replace(handed, digest="0" * 64)
     with pytest.raises(InfrastructureError, match="did not arrive as they were sent"):
         stack.engines.update_weights(str(folder), stack.shared.version + 1, handed=wrong)

@@ -227,7 +227,7 @@ def test_versions_are_followed_to_their_base(
     for number, parent in ((0, None), (1, 0), (2, 1), (3, 1)):
         registry.register(
             PolicyVersion(
-                *("policy", number, pair[0].version(number), run_id, parent, number),
+                *("policy", number, pair[0].version("policy", number), run_id, parent, number),
                 created_by="grpo",
                 base_model="embedded",
             )

@@ -92,7 +92,7 @@ def model(tmp_path: Path) -> Path:
     return tiny_model(tmp_path / "model")
 
 
-@pytest.mark.parametrize("way", [Way.SHARED_MEMORY, Way.DISK])
+@pytest.mark.parametrize("way", [Way.shared_memory, Way.disk])
 def test_a_version_is_handed_over_and_then_lies_on_disk(
     model: Path, tmp_path: Path, way: Way
 ) -> None:
@@ -106,7 +106,7 @@ def test_a_version_is_handed_over_and_then_lies_on_disk(
         weights = checkpoint_tensors(loaded, dict(loaded.state_dict()))
         handed = outgoing.hand_over(target, weights, way)
         assert handed.digest == digest(weights) and handed.folder == str(target)
-        if way is Way.SHARED_MEMORY:
+        if way is Way.shared_memory:
             assert digest(read(handed.memory)) == handed.digest
         outgoing.settle(30.0)
         # What training does to the model from now on is none of the version's business.
@@ -124,7 +124,7 @@ def test_a_version_that_cannot_be_written_is_said_when_it_is_settled(
     outgoing = Outgoing(model)
     (model / "config.json").unlink()
     target = tmp_path / "versions" / "1"
-    handed = outgoing.hand_over(target, {"w": torch.ones(3)}, Way.SHARED_MEMORY)
+    handed = outgoing.hand_over(target, {"w": torch.ones(3)}, Way.shared_memory)
     assert digest(read(handed.memory)) == handed.digest
     with pytest.raises(
         InfrastructureError, match=r"versions/1 could not be written: .*config.json"
