@@ -58,8 +58,8 @@ def story(cli, tmp_path_factory) -> Story:
         f"algorithm.group_size={GROUP}",
         "training.checkpoint_every=1",
         # Of the default 3 the first would be gone.
-        "+policies.planner.keep_versions=9",
-        "+policies.solver.keep_versions=9",
+        "policies.planner.keep_versions=9",
+        "policies.solver.keep_versions=9",
         "evaluation.tasks=null",
     )
     chance = random.Random(7)
