@@ -42,7 +42,7 @@ from lightning_ray.training.checkpoints import Checkpoints
 from lightning_ray.training.config import trained_policies
 from lightning_ray.training.hygiene_log import totals
 from lightning_ray.training.scores import metrics_of
-from lightning_ray.training.trainee import shown_metrics
+from lightning_ray.training.step_metrics import shown_metrics
 from lightning_ray.trajectories import HygienePolicy, task_key
 
 

@@ -6,7 +6,6 @@ actors: importing this package imports neither torch nor DeepSpeed. It must not 
 come from or who serves the weights.
 """
 
-from lightning_ray.learner.checkpoint import read_state
 from lightning_ray.learner.config import LearnerConfig, check_learner, check_model_dir
 from lightning_ray.learner.group import LearnerGroup
 from lightning_ray.learner.report import StepReport
@@ -17,5 +16,4 @@ __all__ = [
     "StepReport",
     "check_learner",
     "check_model_dir",
-    "read_state",
 ]

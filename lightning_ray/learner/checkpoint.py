@@ -1,6 +1,5 @@
 """What a checkpoint says of itself, read without torch and without loading weights."""
 
-import json
 import pickle
 import random
 from collections.abc import Mapping
@@ -14,21 +13,6 @@ from lightning_ray.learner.config import LearnerConfig
 
 STATE_FILE = "state.json"
 """In a checkpoint's folder: {"learner": what the group needs, "state": the caller's own}."""
-
-
-def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The caller's state that `LearnerGroup.save_checkpoint` was given.
-
-    Raises UserError when the folder is not a checkpoint.
-    """
-    path = Path(checkpoint) / STATE_FILE
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())["state"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{checkpoint} is no checkpoint ({error}); resume from another run, or start anew"
-        ) from error
-    return state
 
 
 def shape_of(config: LearnerConfig) -> dict[str, Any]:

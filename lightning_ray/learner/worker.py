@@ -202,9 +202,7 @@ class LearnerWorker:
         return [values[begin:end] for begin, end in itertools.pairwise(bounds)]
 
     def publish(self, path: str) -> None:
-        """Write the weights as a Hugging Face folder that an engine can load.
-
-        Beside the weights, of the type that the learner computes in, it has the base's other files.
+        """Write a model folder: the weights, of the type that is computed in, and the base's files.
 
         Raises:
             FileExistsError: the folder exists; a version is never overwritten.

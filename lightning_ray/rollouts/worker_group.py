@@ -122,10 +122,9 @@ class WorkerGroup:
 
     def _look_at_new(self) -> None:
         """Raises what kept a worker from starting: it would count, and run nothing."""
-        ready, waiting = (
-            ray.wait(self._new, num_returns=len(self._new), timeout=0) if (self._new) else ([], [])
-        )
-        self._new = waiting
+        if not self._new:
+            return
+        ready, self._new = ray.wait(self._new, num_returns=len(self._new), timeout=0)
         for started in ready:
             try:
                 ray.get(started, timeout=START_TIMEOUT_S)

@@ -65,8 +65,17 @@ class Checkpoints:
 
     @staticmethod
     def peek(path: Path) -> RunState:
-        """The run's state at a checkpoint, without loading any weights."""
-        return RunState.from_json(json.loads((path / _STATE).read_text(encoding="utf-8")))
+        """The run's state at a checkpoint, without loading any weights.
+
+        Raises UserError for a folder that is none, or one of an earlier release.
+        """
+        try:
+            return RunState.from_json(json.loads((path / _STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is no checkpoint that a run can go on from ({type(error).__name__}: "
+                f"{error}); it is damaged or of an earlier release: start anew"
+            ) from error
 
     def needed(self, policy: str) -> set[int]:
         """The versions of a policy that a run would be resumed with."""

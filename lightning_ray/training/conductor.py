@@ -43,8 +43,9 @@ from lightning_ray.training.rolling import (
 from lightning_ray.training.samples import write_samples
 from lightning_ray.training.scores import Scores
 from lightning_ray.training.state import RunState
+from lightning_ray.training.step_metrics import step_metrics
 from lightning_ray.training.threads import begin
-from lightning_ray.training.trainee import Lesson, Trainee, built, step_metrics
+from lightning_ray.training.trainee import Lesson, Trainee, built
 from lightning_ray.training.versions import Versions
 from lightning_ray.trajectories import task_keys
 

@@ -19,7 +19,6 @@ from lightning_ray.learner import StepReport
 from lightning_ray.policies import PolicyConfig
 from lightning_ray.policies.handover import Way
 from lightning_ray.rollouts import RolloutRecord
-from lightning_ray.tracking.panel import METRICS
 from lightning_ray.training.batches import Batch
 from lightning_ray.training.config import TrainConfig, settings_of
 from lightning_ray.training.parts import Parts
@@ -202,11 +201,9 @@ class Trainee:
         if chosen is not Way.auto:
             return chosen
         here = {self._parts.learners[self.name].node()}
-        return (
-            Way.shared_memory
-            if self._parts.groups[self.name].nodes() == here
-            else (Way.object_store)
-        )
+        if self._parts.groups[self.name].nodes() == here:
+            return Way.shared_memory
+        return Way.object_store
 
     def sample(self, lesson: Lesson, count: int) -> pa.Table:
         """The first `count` sequences of a lesson."""
@@ -226,41 +223,3 @@ def built(asked: "ray.ObjectRef", what: str) -> Any:
         raise InfrastructureError(f"{what}: {error.cause}") from error
     except ray.exceptions.RayError as error:
         raise InfrastructureError(f"{what}: {error}") from error
-
-
-def step_metrics(lessons: dict[str, Lesson], versions: dict[str, int]) -> dict[str, float]:
-    """The metrics of a step's lessons, by policy; `versions` are those after it.
-
-    Of one policy they have their plain names. Of several each name begins with its policy,
-    `planner/loss`, and what can be counted together stands without it too.
-    """
-    each = {
-        name: {"version": float(versions[name]), **lesson.metrics()}
-        for name, lesson in lessons.items()
-    }
-    if len(each) == 1:
-        return next(iter(each.values()))
-    found = {f"{name}/{key}": value for name, mine in each.items() for key, value in mine.items()}
-    for key in dict.fromkeys(key for mine in each.values() for key in mine):
-        values = [mine[key] for mine in each.values() if key in mine]
-        if key.startswith("hygiene_") or key in _SUMMED:
-            found[key] = sum(values)
-        elif key == "staleness":
-            found[key] = max(values)
-    return found
-
-
-def shown_metrics(policies: Sequence[str]) -> list[str]:
-    """What a person follows of a step in which these policies learn."""
-    if len(policies) == 1:
-        return list(METRICS)
-    own = [name for name in METRICS if name in _OF_ONE]
-    return [
-        *(f"{policy}/{name}" for policy in policies for name in own),
-        *(name for name in METRICS if name not in own),
-    ]
-
-
-_OF_ONE = ("loss", "version")
-"""Metrics that mean nothing of several policies together."""
-_SUMMED = ("cut_calls", "cut_tokens", "left_out", "sampled_tokens")

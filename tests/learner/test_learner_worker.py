@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_ray.algorithms import LossConfig
 from lightning_ray.errors import UserError
-from lightning_ray.learner import LearnerConfig, read_state
+from lightning_ray.learner import LearnerConfig
+from lightning_ray.learner.checkpoint import STATE_FILE
 from lightning_ray.learner.worker import LearnerWorker
 from lightning_ray.trajectories import with_advantages
 
@@ -329,7 +330,7 @@ def test_a_save_that_was_cut_short_leaves_the_earlier_checkpoint_and_can_be_repe
         worker.load_checkpoint(str(tmp_path / "step-2"))
     assert start(model_dir).load_checkpoint(str(tmp_path / "step-1")) == {"step": 1}
     worker.save_checkpoint(str(tmp_path / "step-2"), {"step": 2})
-    assert read_state(tmp_path / "step-2") == {"step": 2}
+    assert json.loads((tmp_path / "step-2" / STATE_FILE).read_text())["state"] == {"step": 2}
     assert not (tmp_path / "step-2" / "half").exists()
     with pytest.raises(FileExistsError, match="never overwritten"):
         worker.save_checkpoint(str(tmp_path / "step-2"), {})

@@ -76,3 +76,15 @@ def test_a_policy_that_was_frozen_before_cannot_go_on(tmp_path: Path) -> None:
     assert newest is not None
     with pytest.raises(UserError, match="nothing of the policy solver, which is to be trained"):
         checkpoints.load(newest, {"planner": Learner(0), "solver": Learner(0)})
+
+
+@pytest.mark.parametrize("state", ["", "{", "[]", '{"learner": {}, "state": {"step": 8}}'])
+def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path, state: str) -> None:
+    """The last one is what an earlier release wrote."""
+    folder = tmp_path / "step-000008"
+    folder.mkdir()
+    if state:
+        (folder / "state.json").write_text(state)
+    with pytest.raises(UserError, match="start anew") as raised:
+        Checkpoints.peek(folder)
+    assert len(str(raised.value).splitlines()) == 1

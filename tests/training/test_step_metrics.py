@@ -6,7 +6,8 @@ import pytest
 from test_step_batches import batch_of, one_of_each
 
 from lightning_ray.training.state import RunState
-from lightning_ray.training.trainee import Lesson, step_metrics
+from lightning_ray.training.step_metrics import step_metrics
+from lightning_ray.training.trainee import Lesson
 
 
 def lesson(behind: int) -> Lesson:
