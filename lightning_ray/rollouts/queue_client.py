@@ -101,8 +101,9 @@ def start_queue(
     It keeps its journal in `folder`, and restarts from it; without one it is in memory only.
     `spans` are its heartbeats. Raises InfrastructureError when it does not start.
     """
-    # Where the job was started: of other nodes any may come and go.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Where the job was started: of other nodes any may come and go. Not softly: for an actor that
+    # needs no processor Ray takes that for leave to place it anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(RolloutQueue).options(
         num_cpus=0,
         max_concurrency=10_000,

@@ -311,8 +311,9 @@ def start_store(folder: str, config: SpansConfig) -> SpanClient:
 
     Raises InfrastructureError when the folder cannot be used, UserError when the archive cannot.
     """
-    # Where the job was started: of other nodes any may come and go.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Where the job was started: of other nodes any may come and go. Not softly: for an actor that
+    # needs no processor Ray takes that for leave to place it anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(_Shard).options(
         num_cpus=0,
         max_restarts=-1,

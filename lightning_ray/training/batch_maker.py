@@ -29,8 +29,9 @@ class BatchMaker:
 
 def start_batch_maker() -> "ray.actor.ActorHandle":
     """An actor of `BatchMaker`; it is gone with the job."""
-    # Where the job was started: of other nodes any may come and go.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Where the job was started: of other nodes any may come and go. Not softly: for an actor that
+    # needs no processor Ray takes that for leave to place it anywhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(BatchMaker).options(
         num_cpus=0, max_restarts=-1, max_task_retries=TRIES, scheduling_strategy=here
     )

@@ -291,11 +291,11 @@ class Conductor:
     def _oldest(self, records: Sequence[RolloutRecord]) -> dict[str, dict[str, int]]:
         """The oldest version that sampled a token of each group, by group and policy."""
         attempts = [record.attempt_id for record in records if record.attempts]
-        asking = self._parts.batches.oldest.remote(
-            list(records), self._parts.store.read(attempts), self.trained
-        )
-        found: dict[str, dict[str, int]] = built(
-            asking, "the versions of a batch's tokens were not read"
+        spans, oldest = self._parts.store.read(attempts), self._parts.batches.oldest
+        found: dict[str, dict[str, int]]
+        _, found = built(
+            lambda: [oldest.remote(list(records), spans, self.trained)],
+            "the versions of a batch's tokens were not read",
         )
         return found
 
@@ -306,11 +306,7 @@ class Conductor:
         # The spans go from the store to the batch maker, and its tables to the learners, without
         # passing through this process.
         spans, heldout = self._parts.store.read(ended), self._heldout_keys or None
-        asked = [(one.name, *one.ask_batch(records, spans, heldout)) for one in self._trainees]
-        return {
-            name: Lesson(sequences, built(batch, "the step's batch was not built"))
-            for name, sequences, batch in asked
-        }
+        return {one.name: one.lesson(records, spans, heldout) for one in self._trainees}
 
     def _heed(self, step: int, batches: Mapping[str, Batch]) -> None:
         """Records what the checks found. Raises UserError when one of them says to stop."""

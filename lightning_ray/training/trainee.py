@@ -5,6 +5,7 @@ algorithm and credit, and each counts its own versions.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from lightning_ray.training.versions import PUBLISH_TIMEOUT_S, Versions
 log = logging.getLogger(__name__)
 
 BATCH_TIMEOUT_S = 300.0
+ASK_AGAIN_S = 1.0
 
 
 @dataclass
@@ -84,26 +86,30 @@ class Trainee:
         """Enters the base model as version 0."""
         self._versions.register(0, self._parts.base(self.name), None, 0, "base model")
 
-    def ask_batch(
-        self, records: Sequence[RolloutRecord], spans: Any, heldout: Any
-    ) -> tuple["ray.ObjectRef", "ray.ObjectRef"]:
-        """Has a step's batch built: references to its sequences, and to what is known of them.
+    def lesson(self, records: Sequence[RolloutRecord], spans: Any, heldout: Any) -> Lesson:
+        """What the policy learns from in a step.
 
         `spans` are those of the records' attempts, or a reference to them; `heldout` is told to
-        the checks (see `make_batch`).
+        the checks (see `make_batch`). Raises InfrastructureError when no batch is built, UserError
+        when the algorithm cannot score a group.
         """
-        sequences, batch = self._parts.batches.make.options(num_returns=2).remote(
-            list(records),
-            spans,
-            self._algorithm,
-            self.name,
-            self._config.hygiene,
-            heldout,
-            self._own.algorithm,
-            self._own.credit,
-            self._config.training.max_sequence_tokens,
-        )
-        return sequences, batch
+
+        def ask() -> list["ray.ObjectRef"]:
+            asked: list[ray.ObjectRef] = self._parts.batches.make.options(num_returns=2).remote(
+                list(records),
+                spans,
+                self._algorithm,
+                self.name,
+                self._config.hygiene,
+                heldout,
+                self._own.algorithm,
+                self._own.credit,
+                self._config.training.max_sequence_tokens,
+            )
+            return asked
+
+        (sequences, _), batch = built(ask, "the step's batch was not built")
+        return Lesson(sequences, batch)
 
     def learn(self, lesson: Lesson, state: PolicyState) -> None:
         """One learner step on the lesson's batch, whose report it gets, if there is any to learn.
@@ -211,15 +217,27 @@ class Trainee:
         return table.slice(0, count)
 
 
-def built(asked: "ray.ObjectRef", what: str) -> Any:
-    """What the batch maker answers. Raises InfrastructureError, beginning with `what`."""
-    try:
-        return ray.get(asked, timeout=BATCH_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError as error:
-        raise InfrastructureError(f"{what} within {BATCH_TIMEOUT_S:g} s") from error
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from error
-        raise InfrastructureError(f"{what}: {error.cause}") from error
-    except ray.exceptions.RayError as error:
-        raise InfrastructureError(f"{what}: {error}") from error
+def built(ask: Callable[[], list["ray.ObjectRef"]], what: str) -> tuple[list["ray.ObjectRef"], Any]:
+    """Asks the batch maker; returns the references, and what the last of them stands for.
+
+    While it is being restarted it is asked again, for `BATCH_TIMEOUT_S` in all. Raises
+    InfrastructureError, beginning with `what`.
+    """
+    deadline = time.monotonic() + BATCH_TIMEOUT_S
+    while True:
+        asked = ask()
+        try:
+            return asked, ray.get(asked[-1], timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError as error:
+            raise InfrastructureError(f"{what} within {BATCH_TIMEOUT_S:g} s") from error
+        except ray.exceptions.ActorUnavailableError as error:
+            if time.monotonic() > deadline:
+                raise InfrastructureError(f"{what}: {error}") from error
+            log.info("the batch maker is not there; asking again: %s", error)
+            time.sleep(ASK_AGAIN_S)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise InfrastructureError(f"{what}: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            raise InfrastructureError(f"{what}: {error}") from error
