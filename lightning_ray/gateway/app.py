@@ -126,8 +126,19 @@ class Gateway:
         self._run_id = live.run_id if live else ""
         self._app = self._routes()
         self._listener = None
+        self._opened = asyncio.get_running_loop().create_task(self._announce())
         if port is not None:
-            self._listener = Listener(self._app, config.host, port, config.num_replicas > 1)
+            shared = config.num_replicas > 1
+            self._listener = Listener(self._app, config.host, port, shared, self._opened)
+
+    async def _announce(self) -> None:
+        """Tells the queue that this replica begins, maybe in the place of one that died."""
+        if self._line is None:
+            return
+        try:
+            await self._line.door_opened()
+        except (InfrastructureError, ray.exceptions.RayError) as error:
+            log.warning("the queue did not hear that the door opened: %s", error)
 
     def check_health(self) -> None:
         """Asked by Ray Serve now and then. Raises RuntimeError when this replica hears no calls."""

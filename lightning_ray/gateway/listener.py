@@ -27,9 +27,12 @@ BACKLOG = 2048
 class Listener:
     """One replica's socket and server."""
 
-    def __init__(self, app: App, host: str, port: int, shared: bool):
+    def __init__(
+        self, app: App, host: str, port: int, shared: bool, first: Awaitable[None] | None = None
+    ):
         """Listens, and answers once the event loop that this is called in goes on.
 
+        What is to be done `first` is: who comes meanwhile waits.
         `shared`: other replicas listen on the same port of this node. Raises OSError when it is
         taken.
         """
@@ -49,9 +52,12 @@ class Listener:
             timeout_keep_alive=KEEP_ALIVE_S,
         )
         self._server = uvicorn.Server(config)
-        self._serving = asyncio.get_running_loop().create_task(
-            self._server.serve(sockets=[self._socket])
-        )
+        self._serving = asyncio.get_running_loop().create_task(self._serve(first))
+
+    async def _serve(self, first: Awaitable[None] | None) -> None:
+        if first is not None:
+            await first
+        await self._server.serve(sockets=[self._socket])
 
     def check(self) -> None:
         """Raises RuntimeError when it no longer listens."""

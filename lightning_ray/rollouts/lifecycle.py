@@ -222,6 +222,10 @@ class Lifecycle:
         found = self._latest(attempt_id)
         return found is not None and self._capabilities.is_open(found[1])
 
+    def running(self) -> Iterable[str]:
+        """Every attempt that a worker holds."""
+        return self._capabilities.all_held()
+
     def held(self) -> dict[str, int]:
         """How many attempts each worker runs."""
         return self._capabilities.held()

@@ -68,6 +68,10 @@ class Line:
         """An attempt met a fault of ours; `lost` says that an answer was cut off."""
         return self._call("blame", attempt_id, why, lost)
 
+    async def door_opened(self) -> None:
+        """A replica of the door begins; see `RolloutQueue.door_opened`."""
+        await ask_async(self._queue.door_opened.remote, self._timeout_s, "hear of the door")
+
     def resolve(self, capability: str, telling: bool = False) -> "asyncio.Future[Identity | None]":
         """Whom a capability stands for at the time of asking; see `RolloutQueue.resolve`."""
         return self._call("resolve", capability, telling)

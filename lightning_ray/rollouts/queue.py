@@ -192,6 +192,12 @@ class RolloutQueue:
         if self._lives.live(attempt_id):
             self._blame.note(attempt_id, why, lost)
 
+    async def door_opened(self) -> None:
+        """A replica of the door begins, maybe in the place of one that died: what runs now may have
+        been refused by nobody, or cut off. Clients call again; then only a failure is ours."""
+        for attempt_id in self._lives.running():
+            self._blame.note(attempt_id, "the gateway was replaced while it ran", lost=False)
+
     async def excuse(self, attempt_id: str, outcome: AttemptOutcome) -> AttemptOutcome:
         """What is made of an outcome that an attempt came to; see `Blame`."""
         return self._blame.excuse(attempt_id, outcome)

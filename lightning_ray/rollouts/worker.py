@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from lightning_ray.agents import (
 )
 from lightning_ray.errors import InfrastructureError, LightningRayError
 from lightning_ray.rollouts.asking import RETRY_EVERY_S, ask_async
+from lightning_ray.rollouts.door import closed
 from lightning_ray.rollouts.line import Line
 from lightning_ray.rollouts.types import AttemptOutcome, AttemptStatus, Lease
 from lightning_ray.spans import SpanClient, SpanKind, SpanStatus, span
@@ -45,6 +47,8 @@ WATCH_S = 60.0
 """How long one question whether an attempt goes on is left with the queue, seconds."""
 ASK_TIMEOUT_S = 60.0
 """How long a queue that restarts is waited for."""
+DOOR_WAIT_S = 60.0
+"""How long a door that is being replaced is waited for."""
 SHOWN_CHARACTERS = 2000
 """How much of an agent's output goes into spans and reports."""
 
@@ -147,6 +151,8 @@ class RolloutWorker:
             log.exception("attempt %s failed", lease.attempt_id)
             reason = f"{type(error).__name__}: {error}"
             outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=reason, fault=True), None
+        if outcome.status in (AttemptStatus.FAILED, AttemptStatus.TIMED_OUT) and not outcome.fault:
+            outcome = await self._unless_closed(outcome)
         try:
             # What is ours must not lie in the spans as an outcome of the agent's either.
             outcome = await self._line.excuse(lease.attempt_id, outcome)
@@ -161,6 +167,14 @@ class RolloutWorker:
             await self._line.finish(lease.attempt_id, outcome)
         except InfrastructureError as error:
             log.error("attempt %s could not be reported: %s", lease.attempt_id, error)
+
+    async def _unless_closed(self, outcome: AttemptOutcome) -> AttemptOutcome:
+        """A failure, or the fault that there was nobody to answer the agent."""
+        why = await closed(self._gateway_url, DOOR_WAIT_S)
+        if not why:
+            return outcome
+        error = f"{why}\n{outcome.error}".strip()
+        return replace(outcome, status=AttemptStatus.FAILED, error=error, fault=True)
 
     async def _run(self, lease: Lease) -> tuple[AttemptOutcome, AgentResult | None]:
         assert self._launcher is not None and self._grader is not None

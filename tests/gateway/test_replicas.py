@@ -10,11 +10,13 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from doors import open_door
+import ray
+from doors import OpenDoor, open_door
 from ray import serve
 from stub_engine import REPLY, stub_engine
 
 from lightning_ray.gateway import Answerer, GatewayConfig
+from lightning_ray.rollouts import AttemptOutcome, AttemptStatus
 
 CONNECTIONS = 40
 REPLACED_WITHIN_S = 120.0
@@ -23,9 +25,18 @@ REPLACED_WITHIN_S = 120.0
 class Door:
     """Two replicas at one address, and a running attempt."""
 
-    def __init__(self, url: str, capability: str):
-        self._at = urlsplit(url)
-        self._path = f"/a/{capability}/v1/chat/completions"
+    def __init__(self, opened: OpenDoor):
+        self._opened = opened
+        self._at = urlsplit(opened.url)
+        self._attempt = opened.lease()
+        self._path = f"/a/{self._attempt.capability}/v1/chat/completions"
+
+    def what_is_made_of_a_failure(self) -> AttemptOutcome:
+        """Should the attempt fail now."""
+        failed = AttemptOutcome(AttemptStatus.FAILED, error="exit code 1")
+        asking = self._opened.queue.actor.excuse.remote(self._attempt.attempt_id, failed)
+        outcome: AttemptOutcome = ray.get(asking, timeout=10)
+        return outcome
 
     def ask(self) -> bytes:
         """A call on a connection of its own. Raises OSError or HTTPException when it fails."""
@@ -56,7 +67,7 @@ def door(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         answerers = [Answerer("policy", (stub.url,), "key")]
         config = GatewayConfig(num_replicas=2)
         with open_door(tmp_path_factory.mktemp("door"), config, answerers) as opened:
-            yield Door(opened.url, opened.lease().capability)
+            yield Door(opened)
 
 
 def test_every_replica_answers_at_the_one_address(door: Door) -> None:
@@ -66,6 +77,7 @@ def test_every_replica_answers_at_the_one_address(door: Door) -> None:
 
 def test_a_replica_that_dies_is_replaced_at_the_same_address(door: Door) -> None:
     before = door.listeners()
+    assert not door.what_is_made_of_a_failure().fault
     lost = min(before)
     os.kill(lost, signal.SIGKILL)
     deadline = time.monotonic() + REPLACED_WITHIN_S
@@ -74,3 +86,6 @@ def test_a_replica_that_dies_is_replaced_at_the_same_address(door: Door) -> None
         assert time.monotonic() < deadline, f"not replaced: {now}, {status}"
         time.sleep(0.2)
     assert {door.ask() for _ in range(CONNECTIONS)} == {REPLY}
+    # Whose call was cut off only the replica knew: a failure of what ran then is not the agent's.
+    excused = door.what_is_made_of_a_failure()
+    assert excused.fault and excused.error.startswith("the gateway was replaced while it ran")

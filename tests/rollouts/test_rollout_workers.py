@@ -50,7 +50,7 @@ GRADER = """
 
 @pytest.fixture(scope="module")
 def parts(
-    ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: None, door_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[QueueClient, SpanClient]]:
     """A queue and a store, and a worker that takes from the one and tells the other."""
     folder = tmp_path_factory.mktemp("rollouts")
@@ -67,7 +67,7 @@ def parts(
     config = RolloutsConfig(slots_per_worker=4)
     queue = start_queue("run", config)
     store = start_store(str(folder / "spans"), SpansConfig())
-    workers = WorkerGroup(config, agent, queue, store, "http://127.0.0.1:9")
+    workers = WorkerGroup(config, agent, queue, store, door_url)
     yield queue, store
     workers.stop()
     store.close()
@@ -76,7 +76,7 @@ def parts(
 
 @pytest.mark.timeout(120)
 def test_a_worker_that_is_killed_is_replaced_and_what_it_ran_is_tried_again(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, door_url: str, tmp_path: Path
 ) -> None:
     """Three times, at random moments; the agent is charged for none of it."""
     (tmp_path / "agent.py").write_text(
@@ -92,7 +92,7 @@ def test_a_worker_that_is_killed_is_replaced_and_what_it_ran_is_tried_again(
     config = RolloutsConfig(num_workers=2, slots_per_worker=4, worker_lost_s=600, max_faults=9)
     queue = start_queue("run", config)
     store = start_store(str(tmp_path / "spans"), SpansConfig())
-    workers = WorkerGroup(config, agent, queue, store, "http://127.0.0.1:9")
+    workers = WorkerGroup(config, agent, queue, store, door_url)
     chance = random.Random(3)
     names = [f"r{n}" for n in range(24)]
     queue.enqueue([RolloutSpec(n, n, {"seconds": 1}, 60.0, max_attempts=1) for n in names])
@@ -137,7 +137,7 @@ def test_whatever_an_agent_does_its_rollout_comes_to_an_outcome(
     for name in ("answer", "garbage", "gives up"):
         assert records[name].status is RolloutStatus.SUCCEEDED and len(records[name].attempts) == 1
     assert records["answer"].outcome.rewards == {"reward": 1.0, "spans": 0.0}
-    assert records["answer"].outcome.result.startswith("http://127.0.0.1:9/a/")
+    assert records["answer"].outcome.result.startswith("http://127.0.0.1:")
     # Garbage is an answer of the agent, and worth what the grader says.
     assert records["garbage"].outcome.rewards["reward"] == 0.0
     for name, status, reason in [

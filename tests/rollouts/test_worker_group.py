@@ -24,7 +24,9 @@ SLOTS, MOST, IDLE_S = 2, 3, 2.0
 
 
 @pytest.fixture
-def parts(ray_cluster: None, tmp_path: Path) -> Iterator[tuple[QueueClient, WorkerGroup]]:
+def parts(
+    ray_cluster: None, door_url: str, tmp_path: Path
+) -> Iterator[tuple[QueueClient, WorkerGroup]]:
     """An agent that sleeps for so long as its task says, and one worker of at most three."""
     (tmp_path / "agent.py").write_text(
         "import sys, time\ntime.sleep(float(sys.argv[1]))\nprint('done')\n"
@@ -39,7 +41,7 @@ def parts(ray_cluster: None, tmp_path: Path) -> Iterator[tuple[QueueClient, Work
     config = RolloutsConfig(slots_per_worker=SLOTS, max_workers=MOST, idle_s=IDLE_S)
     queue = start_queue("run", config)
     store = start_store(str(tmp_path / "spans"), SpansConfig())
-    workers = WorkerGroup(config, agent, queue, store, "http://127.0.0.1:9")
+    workers = WorkerGroup(config, agent, queue, store, door_url)
     yield queue, workers
     workers.stop()
     store.close()
