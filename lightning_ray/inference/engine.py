@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.inference import forks
 from lightning_ray.inference.arriving import Arriving
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.gate import WeightGate
@@ -82,8 +83,14 @@ class InferenceEngine:
 
     async def start(self) -> str:
         """Loads the model and serves it; returns the engine's base URL (no path)."""
+        on_processor = self._config.num_gpus == 0
+        if on_processor:
+            # It imports vLLM while this process does.
+            forks.prepare()
         from lightning_ray.inference import vllm_internals as vllm
 
+        if on_processor:
+            forks.take_over()
         await self._written(self._model_dir)
         arguments = vllm.server_arguments(self._model_dir, self._names, self._config)
         self._engine = vllm.make_engine(arguments)
@@ -117,16 +124,15 @@ class InferenceEngine:
         from lightning_ray.inference import vllm_internals as vllm
 
         limit = self._config.update_timeout_s
-        file = digest = ""
+        file = ""
         if handed is not None:
-            digest = handed.digest
             # Before calls have to wait.
             file = await asyncio.to_thread(self._arriving.file, handed, by_store=by_store)
         if not file:
             await self._written(folder)
         begun = time.monotonic()
         async with self._gate.change(version, limit, drain):
-            await vllm.load_weights(engine, folder, version, limit, file, digest)
+            await vllm.load_weights(engine, folder, version, limit, file, handed)
         return time.monotonic() - begun
 
     async def _written(self, folder: str) -> None:

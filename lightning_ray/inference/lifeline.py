@@ -40,13 +40,20 @@ def wait_asleep(spin_s: float) -> None:
 
 
 def tie() -> None:
-    """Asks the kernel to kill this process when the one that started it dies.
+    """Has this process end with the one that started it.
 
-    Does nothing outside our engines, in the actor itself (its parent's threads come and go, and the
-    kernel watches the thread), nor where the kernel is not Linux's.
+    Does nothing in the actor itself: its parent's threads come and go, and the kernel watches one.
     """
-    ours = os.environ.get(LIFELINE) == "1" and multiprocessing.parent_process() is not None
-    if not ours or os.uname().sysname != "Linux":
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Asks the kernel to kill this process when the thread that started it ends.
+
+    Does nothing outside our engines, nor where the kernel is not Linux's.
+    """
+    if os.environ.get(LIFELINE) != "1" or os.uname().sysname != "Linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

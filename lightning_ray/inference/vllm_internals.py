@@ -41,6 +41,7 @@ from lightning_ray.inference.recorder import (
     OpenCall,
 )
 from lightning_ray.inference.sampling import settled
+from lightning_ray.policies.handover import Handed
 from lightning_ray.spans import SpanStatus
 
 log = logging.getLogger(__name__)
@@ -268,11 +269,11 @@ async def load_weights(
     version: int,
     timeout_s: float,
     file: str = "",
-    digest: str = "",
+    handed: Handed | None = None,
 ) -> None:
     """Replaces the weights by those of `version` in `folder`, or in `file` if there is one.
 
-    They must have the `Checksum` `digest`, if it is known.
+    They must be what was `handed` over, if that is known.
 
     Calls inside stand still meanwhile and go on with the new weights: their keys and values, and
     whatever is kept of other prompts, are dropped with the old ones and computed anew. When it
@@ -283,8 +284,12 @@ async def load_weights(
         async with asyncio.timeout(timeout_s):
             await engine.pause_generation(mode="keep", clear_cache=True)
             # A bare load_weights would leave what a CPU computes with, packed at the start.
+            what: tuple[Any, ...] = ()
+            if handed is not None and (file or not handed.base):
+                # Of additions that are not at hand the folder has no checksum.
+                what = (handed.digest, handed.base, handed.scale)
             await engine.collective_rpc(
-                "replace_weights", timeout=timeout_s, args=(folder, file, digest)
+                "replace_weights", timeout=timeout_s, args=(folder, file, *what)
             )
             await name_version(engine, version)
         whole = True

@@ -15,18 +15,22 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader import get_model_loader
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.policies.additions import with_additions
 from lightning_ray.policies.handover import Checksum
 
 
 class ReplaceWeights:
     """Mixed into vLLM's worker (`worker_extension_cls`)."""
 
-    def replace_weights(self, folder: str, file: str = "", digest: str = "") -> None:
+    def replace_weights(
+        self, folder: str, file: str = "", digest: str = "", base: str = "", scale: float = 0.0
+    ) -> None:
         """Replace the weights by those in a model folder, and all that was made from them.
 
-        `file` holds the same weights in memory, where there is one: then that is read. `digest` is
-        the `Checksum` that they must have, if it is known. Raises InfrastructureError when what
-        was read has another.
+        `file` holds the same weights in memory, where there is one: then that is read. With a
+        `base` it holds additions to the weights of that folder, to be multiplied by `scale`.
+        `digest` is the `Checksum` that what is read must have, if it is known. Raises
+        InfrastructureError when it has another.
 
         The worker's own reload redoes what loading does to a layer's weights, but only for layers
         that a checkpoint names. An output head that shares the embedding's weights is in none: on a
@@ -37,6 +41,10 @@ class ReplaceWeights:
         weights = _of_file(file) if file else self._of_folder(folder)
         if digest:
             weights = checksum.through(weights)
+        if file and base:
+            device = next(self.get_model().parameters()).device  # type: ignore[attr-defined]
+            additions = {name: tensor.to(device) for name, tensor in weights}
+            weights = with_additions(self._of_folder(base), additions, scale)
         self.reload_weights(weights_iterator=weights)  # type: ignore[attr-defined]
         if digest and (found := checksum.hexdigest()) != digest:
             raise InfrastructureError(

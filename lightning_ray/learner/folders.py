@@ -32,9 +32,14 @@ def partial_folder(path: Path) -> Path:
 
 
 def commit_folder(partial: Path, path: Path) -> None:
-    """Make sure that `partial` is on disk, then give it its name."""
+    """Make sure that `partial` is on disk, then give it its name.
+
+    Whoever may read the folder may read its files: safetensors writes some for its user alone.
+    """
+    readable = partial.stat().st_mode & 0o666
     for folder, _, names in os.walk(partial):
         for name in names:
+            Path(folder, name).chmod(readable)
             _sync(Path(folder, name))
         _sync(Path(folder))
     partial.rename(path)

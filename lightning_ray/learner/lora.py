@@ -5,6 +5,7 @@ trained and W is not. B is zero at the beginning, so the model is then what it w
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ray.errors import UserError
 from lightning_ray.learner.config import LoraConfig
+from lightning_ray.policies.additions import factors, with_addition
 
 ADAPTER = "default"
 _BASE = ".base_layer."
@@ -45,7 +47,7 @@ def merged_weights(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, 
 
     `weights` are those of a model with additions, by name, gathered from all ranks.
     """
-    scale = config.alpha / config.rank
+    scale = scale_of(config)
     merged = {}
     for name, value in weights.items():
         if "lora_" in name:
@@ -55,11 +57,27 @@ def merged_weights(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, 
             continue
         module, _, kind = name.partition(_BASE)
         if kind == "weight":
-            down = weights[f"{module}.lora_A.{ADAPTER}.weight"].float()
-            up = weights[f"{module}.lora_B.{ADAPTER}.weight"].float()
-            value = (value.float() + scale * (up @ down)).to(value.dtype)
+            down = weights[f"{module}.lora_A.{ADAPTER}.weight"]
+            up = weights[f"{module}.lora_B.{ADAPTER}.weight"]
+            value = with_addition(value, down, up, scale)
         merged[f"{module}.{kind}"] = value
     return merged
+
+
+def scale_of(config: LoraConfig) -> float:
+    """What B A is multiplied by."""
+    return config.alpha / config.rank
+
+
+def sent_names(weights: Iterable[str]) -> dict[str, str]:
+    """What the factors among a model's weights are called on their way, by their names here."""
+    names = {}
+    for name in weights:
+        for place, kind in enumerate((".lora_A.", ".lora_B.")):
+            module, found, _ = name.partition(kind)
+            if found:
+                names[name] = factors(f"{module}.weight")[place]
+    return names
 
 
 def adapter_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,16 +8,20 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
 from lightning_ray.policies.handover import Checksum, Handed, Way
+
+Whole = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Makes all tensors of a checkpoint of those that were sent."""
 
 WEIGHTS = "model.safetensors"
 # The names of the types in a safetensors file.
@@ -45,6 +49,8 @@ class MemoryFile:
         self.path = f"/proc/{os.getpid()}/fd/{self._file}"
         self.nbytes = 0
         """Length of the file."""
+        self.tensors: dict[str, Tensor] = {}
+        """What is in it; they change with the next `write`."""
 
     def write(self, tensors: Mapping[str, Tensor]) -> str:
         """Replaces what is there; returns the `Checksum` of the tensors.
@@ -64,6 +70,7 @@ class MemoryFile:
             }
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
+        self.tensors = {}
         self._resize(8 + len(text) + end)
         assert self._map is not None
         self._map[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
@@ -71,6 +78,7 @@ class MemoryFile:
         for name, tensor in ordered:
             if not tensor.numel():
                 checksum.add(name, tensor)
+                self.tensors[name] = tensor
                 continue
             place = 8 + len(text) + header[name]["data_offsets"][0]
             there = torch.frombuffer(
@@ -78,6 +86,7 @@ class MemoryFile:
             ).view(tensor.shape)
             there.copy_(tensor)
             checksum.add(name, there)
+            self.tensors[name] = there
         return checksum.hexdigest()
 
     def bytes(self) -> Tensor:
@@ -129,11 +138,19 @@ class Outgoing:
         self._failed: Exception | None = None
         self._target = Path()
 
-    def hand_over(self, target: Path, tensors: dict[str, Tensor], way: Way) -> Handed:
+    def hand_over(
+        self,
+        target: Path,
+        tensors: dict[str, Tensor],
+        way: Way,
+        whole: Whole | None = None,
+        scale: float = 0.0,
+    ) -> Handed:
         """Hands over the tensors of a checkpoint as the version of the folder `target`.
 
         On another way than `disk` the folder is there only after `settle`, which must have been
-        called for the version before.
+        called for the version before. With `whole` the tensors are additions to the base's, which
+        are multiplied by `scale`; what it makes of them is what lies on disk.
         """
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -145,10 +162,10 @@ class Outgoing:
         digest = memory.write(tensors)
         self._target = target
         if way is Way.disk:
-            self._write(memory, partial, dtype)
+            self._write(memory, partial, dtype, whole)
             return Handed(str(target), digest, nbytes)
         self._writing = threading.Thread(
-            target=self._write_quietly, args=(memory, partial, dtype), daemon=True
+            target=self._write_quietly, args=(memory, partial, dtype, whole), daemon=True
         )
         self._writing.start()
         data: tuple[Any, ...] = ()
@@ -156,7 +173,8 @@ class Outgoing:
             import ray
 
             data = (ray.put(memory.bytes().numpy()),)
-        return Handed(str(target), digest, nbytes, memory.path, _node(), data)
+        base = "" if whole is None else str(self._base)
+        return Handed(str(target), digest, nbytes, memory.path, _node(), data, base, scale)
 
     def settle(self, timeout_s: float) -> None:
         """Waits until the version that was handed over lies on disk.
@@ -174,14 +192,17 @@ class Outgoing:
             failed, self._failed = self._failed, None
             raise InfrastructureError(f"{self._target} could not be written: {failed}") from failed
 
-    def _write(self, memory: MemoryFile, partial: Path, dtype: str) -> None:
-        memory.copy_to(partial / WEIGHTS)
+    def _write(self, memory: MemoryFile, partial: Path, dtype: str, whole: Whole | None) -> None:
+        if whole is None:
+            memory.copy_to(partial / WEIGHTS)
+        else:
+            save_file(whole(memory.tensors), partial / WEIGHTS, {"format": "pt"})
         copy_companions(self._base, partial, dtype)
         commit_folder(partial, self._target)
 
-    def _write_quietly(self, memory: MemoryFile, partial: Path, dtype: str) -> None:
+    def _write_quietly(self, *what: Any) -> None:
         try:
-            self._write(memory, partial, dtype)
+            self._write(*what)
         except Exception as error:  # noqa: BLE001 (told to who settles)
             self._failed = error
 

@@ -1,17 +1,26 @@
 """Weights on their way out of the learner: gathered from all ranks, written as a model folder."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_ray.learner.config import LoraConfig
 from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
-from lightning_ray.learner.lora import adapter_weights, merged_weights, write_adapter_settings
+from lightning_ray.learner.lora import (
+    adapter_weights,
+    merged_weights,
+    scale_of,
+    sent_names,
+    write_adapter_settings,
+)
 from lightning_ray.learner.outgoing import Outgoing, checkpoint_tensors
+from lightning_ray.policies.additions import weight_of
 from lightning_ray.policies.handover import Handed, Way
 
 
@@ -39,16 +48,52 @@ class Publisher:
         torch.distributed.barrier()
 
     def hand_over(self, target: Path, way: Way) -> Handed | None:
-        """Hands the whole model over; see `Outgoing.hand_over`. None but on the first rank."""
+        """Hands the model over; see `Outgoing.hand_over`. None but on the first rank.
+
+        Where it has low-rank additions, only their factors travel, but for disk.
+        """
         weights = whole_weights(self._model, self._dtype, self._first, copy=False)
         handed = None
         if self._first:
-            if self._lora.rank:
-                weights = merged_weights(weights, self._lora)
-            tensors = checkpoint_tensors(self._model, weights)
-            handed = self._outgoing.hand_over(target, tensors, way)
+            if way is not Way.disk and (names := self._travelling(weights)):
+                sent = {name: weights[here] for here, name in names.items()}
+                # What is not sent is not trained: it is the same when that thread comes to it.
+                whole = functools.partial(self._whole, weights, names)
+                scale = scale_of(self._lora)
+                handed = self._outgoing.hand_over(target, sent, way, whole, scale)
+            else:
+                handed = self._outgoing.hand_over(target, self._whole(weights, {}, {}), way)
         torch.distributed.barrier()
         return handed
+
+    def _whole(
+        self, weights: dict[str, Tensor], names: dict[str, str], sent: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, with the factors as they were sent."""
+        weights = weights | {here: sent[name] for here, name in names.items()}
+        if self._lora.rank:
+            weights = merged_weights(weights, self._lora)
+        return checkpoint_tensors(self._model, weights)
+
+    def _travelling(self, weights: dict[str, Tensor]) -> dict[str, str]:
+        """How the factors are called on their way, by their names here.
+
+        Empty where they cannot travel by themselves: without additions, and where the base's own
+        files have another name for what they belong to.
+        """
+        names = sent_names(weights)
+        return names if all(weight_of(name) in self._in_base for name in names.values()) else {}
+
+    @functools.cached_property
+    def _in_base(self) -> frozenset[str]:
+        """What the base's own files call its weights; nothing where vLLM reads others of them."""
+        names: set[str] = set()
+        if any(self._base.glob("consolidated*.safetensors")):
+            return frozenset()
+        for file in sorted(self._base.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                names.update(opened.keys())
+        return frozenset(names)
 
     def settle(self, timeout_s: float) -> None:
         """Waits until what was handed over lies on disk; see `Outgoing.settle`."""

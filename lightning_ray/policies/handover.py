@@ -7,8 +7,12 @@ There is one interface and there are three ways, and on each the engines check w
   name in any file system, takes nothing of /dev/shm, and is gone with the process;
 - `object_store`: the same bytes through Ray's object store, once for each node.
 
-Whatever the way, the folder is written too, for the registry and for engines that start later; on
-the last two that goes on while the engines answer already.
+Of a model with low-rank additions only their factors travel on the last two; whoever takes them on
+adds them to the base model's weights. An engine that can read neither memory nor object store, for
+it is on another node than `shared_memory` reaches, reads the folder: of these without a checksum.
+
+Whatever the way, the folder is written too, with the whole model, for the registry and for engines
+that start later; on the last two that goes on while the engines answer already.
 """
 
 import hashlib
@@ -38,15 +42,19 @@ class Handed:
     folder: str
     """Where the version lies, or will lie once it is written."""
     digest: str
-    """`Checksum` of its tensors."""
+    """`Checksum` of the tensors that travel."""
     nbytes: int
-    """Of its tensors."""
+    """Of the tensors that travel."""
     memory: str = ""
     """A safetensors file in memory, to be opened by processes of the node."""
     node: str = ""
     """The node, as Ray calls it."""
     data: tuple[Any, ...] = ()
     """A reference to the same file as uint8[n] in Ray's object store, or none."""
+    base: str = ""
+    """A model folder; then what travels are `additions` to its weights."""
+    scale: float = 0.0
+    """What the additions are multiplied by."""
 
 
 class Checksum:

@@ -1,8 +1,9 @@
 """Whether the door answers, asked when an agent has failed: then it may not have been the agent.
 
 A door that has died can tell nobody whose calls it cut off or refused. A replica that begins says
-so to the queue (`RolloutQueue.door_opened`) before it listens; an attempt that ends before that
-finds the door closed here. Between the two none is missed.
+so to the queue (`RolloutQueue.door_opened`) before it answers; an attempt that ends before that
+finds the door closed here. Where several replicas share the address another one answers at once:
+what a client that does not call again makes of the one that died counts.
 """
 
 import asyncio
@@ -13,6 +14,8 @@ import aiohttp
 DESCRIPTION = "/openapi.json"
 """The door describes itself there, to anybody."""
 TRY_S = 5.0
+TRIES = 2
+"""Before a door that says nothing is closed: it may be busy. One that nobody listens at is."""
 RETRY_EVERY_S = 0.5
 _NOBODY_BEHIND = frozenset({502, 503, 504})
 """What a proxy says that has lost the door."""
@@ -33,13 +36,15 @@ async def closed(url: str, wait_s: float) -> str:
 
 async def _ask(url: str) -> str:
     limits = aiohttp.ClientTimeout(total=TRY_S)
-    try:
-        # A connection of its own: one that is kept would say nothing of who listens now.
-        async with aiohttp.ClientSession(timeout=limits) as session, session.get(url) as reply:
-            if reply.status in _NOBODY_BEHIND:
-                return f"the gateway answered {reply.status}"
-            return ""
-    except TimeoutError:
-        return f"the gateway did not answer within {TRY_S:g} s"
-    except aiohttp.ClientError as error:
-        return f"the gateway did not answer: {error}"
+    for _ in range(TRIES):
+        try:
+            # A connection of its own: one that is kept would say nothing of who listens now.
+            async with aiohttp.ClientSession(timeout=limits) as session, session.get(url) as reply:
+                if reply.status in _NOBODY_BEHIND:
+                    return f"the gateway answered {reply.status}"
+                return ""
+        except TimeoutError:
+            continue
+        except aiohttp.ClientError as error:
+            return f"the gateway did not answer: {error}"
+    return f"the gateway did not answer within {TRIES} x {TRY_S:g} s"

@@ -48,7 +48,8 @@ WATCH_S = 60.0
 ASK_TIMEOUT_S = 60.0
 """How long a queue that restarts is waited for."""
 DOOR_WAIT_S = 60.0
-"""How long a door that is being replaced is waited for."""
+"""How long a door that is being replaced is waited for, at most."""
+FAILURES = frozenset({AttemptStatus.FAILED, AttemptStatus.TIMED_OUT})
 SHOWN_CHARACTERS = 2000
 """How much of an agent's output goes into spans and reports."""
 
@@ -141,6 +142,8 @@ class RolloutWorker:
         begun = time.time_ns()
         try:
             outcome, result = await self._run(lease)
+            if outcome.status in FAILURES and not outcome.fault:
+                outcome = await self._unless_closed(lease, outcome, begun)
         except LightningRayError as error:
             # Ours, not the agent's: no reward, and the queue decides about another attempt.
             log.warning("attempt %s failed: %s", lease.attempt_id, error)
@@ -151,8 +154,6 @@ class RolloutWorker:
             log.exception("attempt %s failed", lease.attempt_id)
             reason = f"{type(error).__name__}: {error}"
             outcome, result = AttemptOutcome(AttemptStatus.FAILED, error=reason, fault=True), None
-        if outcome.status in (AttemptStatus.FAILED, AttemptStatus.TIMED_OUT) and not outcome.fault:
-            outcome = await self._unless_closed(outcome)
         try:
             # What is ours must not lie in the spans as an outcome of the agent's either.
             outcome = await self._line.excuse(lease.attempt_id, outcome)
@@ -168,9 +169,13 @@ class RolloutWorker:
         except InfrastructureError as error:
             log.error("attempt %s could not be reported: %s", lease.attempt_id, error)
 
-    async def _unless_closed(self, outcome: AttemptOutcome) -> AttemptOutcome:
+    async def _unless_closed(
+        self, lease: Lease, outcome: AttemptOutcome, begun: int
+    ) -> AttemptOutcome:
         """A failure, or the fault that there was nobody to answer the agent."""
-        why = await closed(self._gateway_url, DOOR_WAIT_S)
+        # Not past the attempt's end: its worker would be overdue, and what it says not heard.
+        left = lease.timeout_s - (time.time_ns() - begun) / 1e9
+        why = await closed(self._gateway_url, min(DOOR_WAIT_S, max(0.0, left)))
         if not why:
             return outcome
         error = f"{why}\n{outcome.error}".strip()

@@ -105,7 +105,9 @@ class WorkerGroup:
             return 0
         self._enough_since = None
         busy = {record.worker: record.running for record in self._queue.workers()}
-        for worker in sorted(self._workers, key=lambda one: busy.get(one.name, 0))[:-change]:
+        # Of those with as much to do the newest, whose node may have been brought for it.
+        newest_first = reversed(self._workers)
+        for worker in sorted(newest_first, key=lambda one: busy.get(one.name, 0))[:-change]:
             self._workers.remove(worker)
             if ray.wait([worker.started], timeout=0)[0]:
                 self._leaving[worker.name] = (worker, worker.actor.drain.remote())

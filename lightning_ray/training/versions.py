@@ -30,7 +30,8 @@ class Versions:
         created_by: str,
         digest: str | None = None,
     ) -> None:
-        """Enters a version whose weights lie in `path`; `digest` is their `Checksum`."""
+        """Enters a version whose weights lie in `path`; `digest` is the `Checksum` of what
+        was sent of them."""
         self._registry.register(
             PolicyVersion(
                 policy=self._policy.name,

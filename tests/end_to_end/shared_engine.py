@@ -70,9 +70,10 @@ class Stack:
         assert report.inexact == {} and report.calls == count
         return sequences
 
-    def difference(self, sequences: pa.Table) -> float:
-        """Mean absolute difference between the learner's logprobs and the recorded ones."""
-        found = np.concatenate(self.learner.logprobs(ray.put(sequences), 300))
+    def difference(self, sequences: pa.Table, learner: LearnerGroup | None = None) -> float:
+        """Mean absolute difference between a learner's logprobs and the recorded ones."""
+        learner = learner or self.learner
+        found = np.concatenate(learner.logprobs(ray.put(sequences), 300))
         trainable = np.concatenate([np.array(row) for row in sequences["trainable"].to_pylist()])
         recorded = np.concatenate([np.array(row) for row in sequences["logprobs"].to_pylist()])
         return float(np.abs(found - recorded[trainable]).mean())

@@ -153,6 +153,25 @@ REQUESTS = {
     ),
 }
 
+QUICK_WHOLE = {"chat", "chat n", "chat tools required", "completions", "responses", "messages"}
+QUICK_STREAMED = {
+    "chat",
+    "chat schema",
+    "chat logprobs",
+    "completions logprobs",
+    "responses tools",
+    "messages stop",
+    "messages tools",
+}
+"""Between them every protocol and everything asked of one; the rest is in `make test-all`."""
+
+
+def requests(quick: set[str]) -> list[Any]:
+    """The names of all requests, of which those that are not `quick` are slow tests."""
+    slow = pytest.mark.slow
+    return [name if name in quick else pytest.param(name, marks=slow) for name in REQUESTS]
+
+
 _IDS = re.compile(r'"(id|item_id|call_id|response_id)": ?"[^"]*"')
 _TIMES = re.compile(r'"(created|created_at|completed_at)": ?[0-9.]+')
 
@@ -193,7 +212,7 @@ def said(event: Any, path: str) -> str:
     return str(delta.get("text") or delta.get("partial_json") or "")
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", requests(QUICK_WHOLE))
 def test_a_reply_is_the_engines_own_and_its_tokens_are_recorded(stack: Stack, name: str) -> None:
     path, body = REQUESTS[name]
     body = {"model": "gpt-4o-mini", "temperature": 0, **body}
@@ -236,7 +255,7 @@ def is_json(text: str, wanted: Any) -> bool:
         return False
 
 
-@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("name", requests(QUICK_STREAMED))
 def test_a_stream_is_the_engines_own_and_its_tokens_are_recorded(stack: Stack, name: str) -> None:
     path, body = REQUESTS[name]
     body = {"model": "gpt-4o-mini", "temperature": 0, **body, "stream": True}

@@ -1,7 +1,10 @@
 """Low-rank additions: trained alone, and one policy merged, as an adapter, or in the learner."""
 
 import dataclasses
+import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -9,6 +12,8 @@ import pyarrow as pa
 import pytest
 import torch
 from learner_support import load_plain, plain_loss
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_learner_worker import (
     LOSS,
     PLAIN,
@@ -19,8 +24,12 @@ from test_learner_worker import (
     weights,
 )
 
-from lightning_ray.errors import UserError
+from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.learner import publishing
 from lightning_ray.learner.config import LoraConfig
+from lightning_ray.learner.lora import merged_weights
+from lightning_ray.policies.additions import factors, weight_of, with_additions
+from lightning_ray.policies.handover import Way
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 STEPS = 3
@@ -63,6 +72,65 @@ def test_merged_weights_an_adapter_and_the_learner_are_one_policy(
         )
     ]
     assert sizes[0] < sizes[1] / 3
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+)
+def test_the_factors_travel_and_the_whole_model_lies_on_disk(
+    model_dir, tmp_path, monkeypatch, zero_stage, dtype
+) -> None:
+    """To the bit: whoever adds them to the base has the model that the folder has."""
+    worker = trained(model_dir, lora=LORA, zero_stage=zero_stage, dtype=dtype)
+    stepped = threading.Event()
+
+    def merged_later(*what: Any) -> dict[str, torch.Tensor]:
+        assert stepped.wait(60)
+        return merged_weights(*what)
+
+    monkeypatch.setattr(publishing, "merged_weights", merged_later)
+    base = load_file(model_dir / "model.safetensors")
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        handed = worker.hand_over(str(folder), Way.shared_memory)
+        with safe_open(handed.memory, framework="pt") as file:
+            sent = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert (handed.base, handed.scale) == (str(model_dir), 2.0)
+        found = dict(with_additions(base.items(), sent, handed.scale))
+        # Training goes on before the folder is written.
+        worker.step(on_policy(worker, samples()), LOSS)
+        stepped.set()
+        worker.settle(30.0)
+        stepped.clear()
+        written = load_file(folder / "model.safetensors")
+        assert written.keys() == found.keys()
+        kept = {name: tensor.to(written[name].dtype) for name, tensor in base.items()}
+        changed = [name for name in written if not torch.equal(written[name], kept[name])]
+        assert {weight_of(name) for name in sent} == set(changed)
+        assert (
+            folder / "model.safetensors"
+        ).stat().st_mode & 0o044 == folder.stat().st_mode & 0o044
+        assert all(torch.equal(written[name], found[name]) for name in written)
+        whole = sum(tensor.nbytes for tensor in written.values())
+        assert handed.nbytes == sum(tensor.nbytes for tensor in sent.values()) < whole / 3
+
+
+def test_where_the_base_has_other_names_the_whole_model_travels(model_dir, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    worker = trained(base, lora=LORA)
+    renamed = {f"x.{n}": t for n, t in load_file(base / "model.safetensors").items()}
+    save_file(renamed, base / "model.safetensors")
+    handed = worker.hand_over(str(tmp_path / "1"), Way.shared_memory)
+    worker.settle(30.0)
+    written = load_file(tmp_path / "1" / "model.safetensors")
+    assert handed.base == "" and handed.nbytes == sum(t.nbytes for t in written.values())
+
+
+def test_additions_to_nothing_are_refused() -> None:
+    sent = {name: torch.zeros(2, 2) for name in factors("no.weight")}
+    with pytest.raises(InfrastructureError, match=r"does not have: no\.weight"):
+        list(with_additions({"a.weight": torch.zeros(2, 2)}.items(), sent, 1.0))
 
 
 def test_only_the_additions_are_trained_and_a_resumed_run_goes_on_with_them(

@@ -24,6 +24,8 @@ from lightning_ray.spans import SpansConfig, start_store
 
 ASKS_ONCE = """
 import os, urllib.request
+with open("asked", "a") as file:
+    file.write("x")
 urllib.request.urlopen(os.environ["OPENAI_BASE_URL"], timeout=10)
 """
 
@@ -80,7 +82,11 @@ def test_what_fails_while_the_door_is_closed_is_tried_again_once_it_is_open(
     workers = WorkerGroup(config, agent, queue, store, f"http://127.0.0.1:{port}")
     names = [f"r{n}" for n in range(6)]
     queue.enqueue([RolloutSpec(n, n, {}, 60.0, max_attempts=1) for n in names])
-    assert queue.wait(names, 6.0) == []
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "asked").exists() or (tmp_path / "asked").stat().st_size < 2:
+        assert time.monotonic() < deadline, "no agent was started"
+        time.sleep(0.1)
+    assert queue.wait(names, 3.0) == []
     with listening(port):
         records = queue.wait(names, 60.0)
     workers.stop()
