@@ -104,10 +104,8 @@ class WorkerGroup:
         if now < self._enough_since + config.idle_s:
             return 0
         self._enough_since = None
-        busy = {record.worker: record.running for record in self._queue.workers()}
-        # Of those with as much to do the newest, whose node may have been brought for it.
-        newest_first = reversed(self._workers)
-        for worker in sorted(newest_first, key=lambda one: busy.get(one.name, 0))[:-change]:
+        # The newest, whose nodes may have been brought for them; what they run they end first.
+        for worker in self._workers[change:]:
             self._workers.remove(worker)
             if ray.wait([worker.started], timeout=0)[0]:
                 self._leaving[worker.name] = (worker, worker.actor.drain.remote())

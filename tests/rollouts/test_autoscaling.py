@@ -6,10 +6,12 @@ The nodes are processes of this machine, as Ray's provider for tests makes them.
 import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-STOP_S, RUN_S = 20, 280
+START_S, STOP_S, RUN_S = 60, 20, 280
 HERE = Path(__file__).parent
 WHO = ("", "head_", "worker_")
 NODE_TYPES = {
@@ -28,8 +30,10 @@ NODE_TYPES = {
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A cluster of one node with one processor, which grows."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     host = ray.util.get_node_ip_address()
     with socket.create_server((host, 0)) as taken:
         port = taken.getsockname()[1]
@@ -67,6 +71,10 @@ def address(tmp_path: Path) -> Iterator[str]:
         ]
         with (tmp_path / "ray.log").open("w") as log:
             head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_S
+        while "Ray runtime started" not in (tmp_path / "ray.log").read_text():
+            assert time.monotonic() < deadline and head.poll() is None, "the head did not start"
+            time.sleep(0.2)
         yield f"{host}:{port}"
         family = psutil.Process(head.pid).children(recursive=True)
         head.terminate()
