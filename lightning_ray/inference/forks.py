@@ -5,7 +5,7 @@ In an actor it would have each begin anew, and an engine's start would consist o
 three times, one after the other. Here one process imports, at the same time as the actor, and the
 others are forked from it; it has no threads and has computed nothing.
 
-Only on a processor: what a GPU's driver makes of a fork is not tried.
+Written against vLLM 0.32. Only on a processor: what a GPU's driver makes of a fork is not tried.
 """
 
 import contextlib

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import ray
+from agent_support import SLEEPS, agent_in
 
-from lightning_ray.agents import AgentConfig
 from lightning_ray.rollouts import RolloutsConfig, RolloutSpec, WorkerGroup, start_queue
 from lightning_ray.spans import SpansConfig, start_store
 
@@ -25,14 +25,7 @@ def alive() -> int:
 def main(address: str, folder: Path) -> None:
     """See above."""
     ray.init(address=address, log_to_driver=False)
-    (folder / "agent.py").write_text(f"import time\ntime.sleep({SECONDS})\n")
-    (folder / "grader.py").write_text("def grade(task, result, spans):\n    return 1.0\n")
-    agent = AgentConfig(
-        name="test",
-        command=["python", "agent.py"],
-        cwd=str(folder),
-        grader=f"{folder}/grader.py:grade",
-    )
+    agent = agent_in(folder, SLEEPS, str(SECONDS))
     config = RolloutsConfig(
         num_workers=1, max_workers=MOST, slots_per_worker=SLOTS, idle_s=2, num_cpus=1
     )

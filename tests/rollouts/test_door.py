@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from agent_support import agent_in
 from door_support import listening
 
-from lightning_ray.agents import AgentConfig
 from lightning_ray.rollouts import (
     AttemptStatus,
     RolloutsConfig,
@@ -67,15 +67,7 @@ def test_what_fails_while_the_door_is_closed_is_tried_again_once_it_is_open(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     """The agent is charged for none of it, and few attempts are made meanwhile."""
-    (tmp_path / "agent.py").write_text(ASKS_ONCE)
-    (tmp_path / "grader.py").write_text("def grade(task, result, spans):\n    return 1.0\n")
-    agent = AgentConfig(
-        name="test",
-        command=["python", "agent.py"],
-        cwd=str(tmp_path),
-        grader=f"{tmp_path}/grader.py:grade",
-        warm_start=False,
-    )
+    agent = agent_in(tmp_path, ASKS_ONCE, warm_start=False)
     config = RolloutsConfig(slots_per_worker=2)
     queue, store = start_queue("run", config), start_store(str(tmp_path / "spans"), SpansConfig())
     port = free_port()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 import ray
+from agent_support import SLEEPS, agent_in
 
 from lightning_ray.agents import AgentConfig
 from lightning_ray.rollouts import (
@@ -79,16 +80,7 @@ def test_a_worker_that_is_killed_is_replaced_and_what_it_ran_is_tried_again(
     ray_cluster: None, door_url: str, tmp_path: Path
 ) -> None:
     """Three times, at random moments; the agent is charged for none of it."""
-    (tmp_path / "agent.py").write_text(
-        "import sys, time\ntime.sleep(float(sys.argv[1]))\nprint('done')\n"
-    )
-    (tmp_path / "grader.py").write_text("def grade(task, result, spans):\n    return 1.0\n")
-    agent = AgentConfig(
-        name="test",
-        command=["python", "agent.py", "{seconds}"],
-        cwd=str(tmp_path),
-        grader=f"{tmp_path}/grader.py:grade",
-    )
+    agent = agent_in(tmp_path, SLEEPS, "{seconds}")
     config = RolloutsConfig(num_workers=2, slots_per_worker=4, worker_lost_s=600, max_faults=9)
     queue = start_queue("run", config)
     store = start_store(str(tmp_path / "spans"), SpansConfig())

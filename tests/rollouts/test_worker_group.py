@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import ray
+from agent_support import SLEEPS, agent_in
 
-from lightning_ray.agents import AgentConfig
 from lightning_ray.errors import UserError
 from lightning_ray.rollouts import (
     QueueClient,
@@ -28,16 +28,7 @@ def parts(
     ray_cluster: None, door_url: str, tmp_path: Path
 ) -> Iterator[tuple[QueueClient, WorkerGroup]]:
     """An agent that sleeps for so long as its task says, and one worker of at most three."""
-    (tmp_path / "agent.py").write_text(
-        "import sys, time\ntime.sleep(float(sys.argv[1]))\nprint('done')\n"
-    )
-    (tmp_path / "grader.py").write_text("def grade(task, result, spans):\n    return 1.0\n")
-    agent = AgentConfig(
-        name="test",
-        command=["python", "agent.py", "{seconds}"],
-        cwd=str(tmp_path),
-        grader=f"{tmp_path}/grader.py:grade",
-    )
+    agent = agent_in(tmp_path, SLEEPS, "{seconds}")
     config = RolloutsConfig(slots_per_worker=SLOTS, max_workers=MOST, idle_s=IDLE_S)
     queue = start_queue("run", config)
     store = start_store(str(tmp_path / "spans"), SpansConfig())
