@@ -265,6 +265,7 @@ def door_before(answerer: Answerer, folder: Path, store: SpanClient) -> Iterator
         url = start_gateway(
             config,
             choose_port(config),
+            RUN,
             queue.actor,
             make_roles(config, POLICY, [POLICY]),
             [answerer],
@@ -273,6 +274,6 @@ def door_before(answerer: Answerer, folder: Path, store: SpanClient) -> Iterator
         )
         yield Door(url, queue, store, key)
     finally:
-        stop_gateway()
+        stop_gateway(RUN)
         stop_lives(queue)
         ray.kill(desk.actor)

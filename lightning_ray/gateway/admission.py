@@ -1,10 +1,11 @@
 """Who may come in: the attempt that a capability stands for, as the queue says at this moment.
 
-Asking the queue takes about as long as all else that the door does with a call. So a call of an
-attempt that was running a moment ago goes on to the engine while the queue is asked.
+Of an attempt that it knows, the door sees in the queue's roster whether it runs, where it shares a
+node with the queue. Elsewhere it asks, which takes about as long as all else that it does with a
+call: so a call of an attempt that was running a moment ago goes on to the engine meanwhile.
 
-Invariant: no byte of a reply leaves the door before the queue said that the attempt runs, asked
-after the call came. Where it says no, the engine's work is cancelled.
+Invariant: no byte of a reply leaves the door before the queue, or its roster, said that the attempt
+runs, asked after the call came. Where it says no, the engine's work is cancelled.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from lightning_ray.rollouts import Identity, Line
+from lightning_ray.rollouts import Identity, Line, RosterReader
+from lightning_ray.rollouts.capabilities import digest
 
 KNOWN_S = 30.0
 """How long after the queue's last yes a call may go ahead of its next one, seconds."""
@@ -30,8 +32,15 @@ class NotAdmittedError(Exception):
 class Admission:
     """One call's question to the queue; `expected` is what it said last, if that was lately."""
 
-    def __init__(self, asked: "asyncio.Future[Identity | None]", expected: Identity | None):
+    def __init__(
+        self,
+        asked: "asyncio.Future[Identity | None]",
+        expected: Identity | None,
+        seen: bool = False,
+    ):
+        """`seen`: the roster has said yes already."""
         self._asked = asked
+        self._seen = seen
         self.expected = expected
 
     async def identity(self) -> Identity:
@@ -46,6 +55,8 @@ class Admission:
 
         What an answer holds open is let go by its visit.
         """
+        if self._seen:
+            return await answer
         answering = asyncio.create_task(answer)
         both: set[asyncio.Future[Any]] = {answering, self._asked}
         try:
@@ -64,10 +75,20 @@ class Attempts:
     def __init__(self, line: Line):
         self._line = line
         self._known: OrderedDict[str, tuple[Identity, float]] = OrderedDict()
+        self._roster: RosterReader | None = None
+
+    def look_at(self, roster: RosterReader | None) -> None:
+        """Where it is seen who runs."""
+        self._roster = roster
 
     def ask(self, capability: str) -> Admission:
         """Asks whose it is; the answer is awaited later."""
         known = self._known.get(capability)
+        if known and self._roster and self._roster.sits(known[0].seat, digest(capability)):
+            seen: asyncio.Future[Identity | None] = asyncio.get_running_loop().create_future()
+            seen.set_result(known[0])
+            self._learn(capability, seen)
+            return Admission(seen, known[0], seen=True)
         expected = known[0] if known and time.monotonic() - known[1] < KNOWN_S else None
         asked = self._line.resolve(capability)
         asked.add_done_callback(lambda answer: self._learn(capability, answer))

@@ -18,6 +18,7 @@ import aiohttp
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.exceptions import RayServeException
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 RESOLVE_S = 10.0
 """How long a queue that restarts is waited for."""
+LOOK_EVERY_S = 5.0
+"""How often a door looks whether its job is still there, seconds."""
 VERSION_HEADER = "x-lightning-ray-version"
 FEEDBACK = "/v1/feedback"
 
@@ -83,6 +86,20 @@ def _key_of(request: Request) -> str:
     if scheme.lower() == "bearer":
         return token.strip()
     return request.headers.get("x-api-key", "")
+
+
+async def _gone(keeper: ActorHandle) -> bool:
+    """Whether an actor is dead and will not be restarted."""
+    try:
+        async with asyncio.timeout(RESOLVE_S):
+            await keeper.__ray_ready__.remote()
+    except ray.exceptions.ActorUnavailableError:
+        return False
+    except ray.exceptions.ActorDiedError:
+        return True
+    except (TimeoutError, ray.exceptions.RayError) as error:
+        log.info("not known whether the job is there: %s", error)
+    return False
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -127,7 +144,12 @@ class Gateway:
         self._app = self._routes()
         self._listener = None
         self._opened = asyncio.get_running_loop().create_task(self._announce())
+        self._watching = None
         if port is not None:
+            # Ray Serve keeps what it runs, whatever becomes of the driver that asked for it.
+            if (keeper := queue or self._desk) is not None:
+                watch = self._close_after(keeper)
+                self._watching = asyncio.get_running_loop().create_task(watch)
             shared = config.num_replicas > 1
             self._listener = Listener(self._app, config.host, port, shared, self._opened)
 
@@ -137,8 +159,26 @@ class Gateway:
             return
         try:
             await self._line.door_opened()
+            assert self._attempts is not None
+            self._attempts.look_at(await self._line.roster())
         except (InfrastructureError, ray.exceptions.RayError) as error:
             log.warning("the queue did not hear that the door opened: %s", error)
+        except (OSError, ValueError) as error:
+            log.warning("the roster of attempts cannot be seen, so the queue is asked: %s", error)
+
+    async def _close_after(self, keeper: ActorHandle) -> None:
+        """Has Ray Serve end this application once the job that it is the door of is gone."""
+        while not await _gone(keeper):
+            await asyncio.sleep(LOOK_EVERY_S)
+        name = serve.get_replica_context().app_name
+        # Until this replica is stopped: whether Serve took it is not said.
+        while True:
+            log.warning("the job of %s is gone, and so its door closes", name)
+            try:
+                await asyncio.to_thread(serve.delete, name, _blocking=False)
+            except (ray.exceptions.RayError, RayServeException) as error:
+                log.warning("Ray Serve did not hear that the door is to close: %s", error)
+            await asyncio.sleep(LOOK_EVERY_S)
 
     def check_health(self) -> None:
         """Asked by Ray Serve now and then. Raises RuntimeError when this replica hears no calls."""

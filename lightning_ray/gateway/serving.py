@@ -1,4 +1,8 @@
-"""Starting and stopping the door on Ray Serve."""
+"""Starting and stopping the door on Ray Serve.
+
+Invariant: a job's door is an application of its own. What else Ray Serve runs on the same cluster,
+other jobs' doors among it, is left alone.
+"""
 
 import logging
 import socket
@@ -8,15 +12,18 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
-from lightning_ray.errors import UserError
+from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.gateway.answerers import Answerer
 from lightning_ray.gateway.config import GatewayConfig
 from lightning_ray.gateway.live import LiveDoor
 from lightning_ray.gateway.roles import Role
 from lightning_ray.spans import SpanClient
 
-APP = "lightning-ray"
+log = logging.getLogger(__name__)
+
 HEAD = "node:__internal_head__"
 """A resource that Ray gives the head node, whose address is the door's."""
 
@@ -69,14 +76,16 @@ def gateway_application(
 def start_gateway(
     config: GatewayConfig,
     port: int,
+    job: str,
     queue: ActorHandle | None,
     roles: Sequence[Role],
     answerers: Sequence[Answerer],
     spans: SpanClient,
     live: LiveDoor | None = None,
 ) -> str:
-    """Starts the door and returns its base URL, "http://HOST:PORT".
+    """Starts the door of a job and returns its base URL, "http://HOST:PORT".
 
+    It ends with `stop_gateway`, or by itself once the job's queue, or its desk, is gone for good.
     `queue` lets attempts in, `live` callers with keys.
     """
     # Serve speaks to the terminal by itself; the panel says what there is to say.
@@ -86,7 +95,8 @@ def start_gateway(
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     application = gateway_application(config, queue, roles, answerers, spans, live, port)
-    serve.run(application, name=APP, route_prefix="/")
+    # No route: it does not hear calls through Serve's proxies, which another application may use.
+    serve.run(application, name=_application(job), route_prefix=None)
     host = config.host
     if host in ("0.0.0.0", "::"):
         # Listening everywhere is no address to call: say the one that other nodes reach.
@@ -94,6 +104,19 @@ def start_gateway(
     return f"http://{host}:{port}"
 
 
-def stop_gateway() -> None:
-    """Closes the door; calls in flight are cut off."""
-    serve.shutdown()
+def stop_gateway(job: str) -> None:
+    """Closes the door of a job, if it is open; calls in flight are cut off.
+
+    Ray Serve goes on, for another job may be about to open its door there: on a cluster of a job's
+    own it ends with that. Raises InfrastructureError when it does not close the door.
+    """
+    try:
+        serve.delete(_application(job))
+    except RayServeException:
+        log.debug("no Ray Serve runs, so no door is open")
+    except (TimeoutError, RayError) as error:
+        raise InfrastructureError(f"Ray Serve did not close the door: {error}") from error
+
+
+def _application(job: str) -> str:
+    return f"lightning-ray-{job}"

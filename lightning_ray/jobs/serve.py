@@ -9,6 +9,7 @@ ask and what people say of the answers is kept as spans in the folder of this ru
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,15 +75,15 @@ def main(arguments: Sequence[str]) -> None:
                 service = service_of(prepared, progress.note)
                 with progress.phase("starting the vLLM engines", slow=True):
                     live = service.start(folder.run_id, folder.spans, config.spans, prepared.keys)
-                url = start_gateway(
-                    config.gateway, port, None, prepared.roles, [], service.store, live
-                )
-                progress.note(f"serving at {url}/v1   spans in {folder.spans}")
-                try:
+                with ExitStack() as stack:
+                    stack.callback(service.stop)
+                    stack.callback(stop_gateway, folder.run_id)
+                    job, store = folder.run_id, service.store
+                    url = start_gateway(
+                        config.gateway, port, job, None, prepared.roles, [], store, live
+                    )
+                    progress.note(f"serving at {url}/v1   spans in {folder.spans}")
                     service.follow()
-                finally:
-                    stop_gateway()
-                    service.stop()
         except KeyboardInterrupt:
             # How serving ends.
             status = RunStatus.FINISHED

@@ -13,6 +13,7 @@ from lightning_ray.rollouts.config import (
 )
 from lightning_ray.rollouts.line import Line
 from lightning_ray.rollouts.queue_client import QueueClient, start_queue
+from lightning_ray.rollouts.roster import RosterReader
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
     AttemptStatus,
@@ -34,6 +35,7 @@ __all__ = [
     "RolloutSpec",
     "RolloutStatus",
     "RolloutsConfig",
+    "RosterReader",
     "WorkerGroup",
     "WorkerRecord",
     "ask_async",

@@ -9,8 +9,10 @@ import hashlib
 import hmac
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lightning_ray.rollouts.lives import Attempt
+from lightning_ray.rollouts.roster import NOWHERE, Roster
 from lightning_ray.rollouts.types import Identity, RolloutSpec
 
 
@@ -40,6 +42,13 @@ class Capabilities:
         self._until: deque[tuple[float, bytes]] = deque()
         self._requests: dict[bytes, str] = {}
         self._held: dict[str, set[str]] = {}
+        self._roster: Roster | None = None
+
+    def show(self, roster: Roster) -> None:
+        """From now on whoever is let in is also seen in a roster, which is empty."""
+        self._roster = roster
+        for key, identity in self._open.items():
+            self._open[key] = replace(identity, seat=roster.take(key))
 
     def open(self, attempt: Attempt, spec: RolloutSpec) -> None:
         """An attempt begins."""
@@ -53,6 +62,7 @@ class Capabilities:
             spec.note_messages,
             spec.sampling,
             spec.answered_by,
+            NOWHERE if self._roster is None else self._roster.take(attempt.digest),
         )
 
     def close(self, attempt: Attempt, now: float) -> None:
@@ -64,6 +74,8 @@ class Capabilities:
             if not held:
                 del self._held[attempt.worker]
         identity = self._open.pop(attempt.digest, None)
+        if identity is not None and self._roster is not None:
+            self._roster.leave(identity.seat)
         if identity is not None and self._linger_s > 0:
             self._closed[attempt.digest] = identity
             self._until.append((now + self._linger_s, attempt.digest))

@@ -27,6 +27,7 @@ from lightning_ray.rollouts.lives import (
     Tally,
     suspended,
 )
+from lightning_ray.rollouts.roster import Roster
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
     AttemptRecord,
@@ -65,13 +66,14 @@ class Lifecycle:
         self._capabilities = Capabilities(run_id, linger_s)
         self._tally = Tally()
 
+    def show(self, roster: Roster) -> None:
+        """From now on attempts that run are also seen in a roster, which is empty."""
+        self._capabilities.show(roster)
+
     # What is asked of it
 
     def enqueue(self, specs: Iterable[RolloutSpec], now: float | None = None) -> int:
-        """Queues rollouts in their order; an id that is known already is left as it is.
-
-        Returns how many were new.
-        """
+        """Queues rollouts in their order, but those that are known; returns how many were new."""
         new = 0
         for spec in specs:
             if spec.rollout_id not in self._rollouts:
@@ -340,10 +342,8 @@ class Lifecycle:
     def _take_back(self, life: Life, attempt: Attempt) -> None:
         """Undoes what an attempt's silence cost its rollout."""
         if attempt.outcome is not None:
-            if attempt.outcome.fault:
-                life.faults -= 1
-            else:
-                life.tries -= 1
+            life.faults -= attempt.outcome.fault
+            life.tries -= not attempt.outcome.fault
 
     def _revive(self, life: Life, attempt: Attempt) -> None:
         self._take_back(life, attempt)

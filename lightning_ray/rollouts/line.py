@@ -8,6 +8,7 @@ the door many callers.
 import asyncio
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from ray.actor import ActorHandle
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.rollouts.asking import ask_async
+from lightning_ray.rollouts.roster import RosterReader
 from lightning_ray.rollouts.types import AttemptOutcome, Identity, Lease, RolloutSpec
 
 Call = tuple[str, tuple[Any, ...]]
@@ -67,6 +69,13 @@ class Line:
     def blame(self, attempt_id: str, why: str, lost: bool) -> "asyncio.Future[None]":
         """An attempt met a fault of ours; `lost` says that an answer was cut off."""
         return self._call("blame", attempt_id, why, lost)
+
+    async def roster(self) -> RosterReader | None:
+        """The roster of running attempts, where it can be seen from this process."""
+        place = await ask_async(self._queue.roster.remote, self._timeout_s, "say where it keeps it")
+        if place is None or place[0] != ray.get_runtime_context().get_node_id():
+            return None
+        return RosterReader(Path(place[1]))
 
     async def door_opened(self) -> None:
         """A replica of the door begins; see `RolloutQueue.door_opened`."""

@@ -25,6 +25,7 @@ from lightning_ray.rollouts.lifecycle import Lifecycle
 from lightning_ray.rollouts.line import Call
 from lightning_ray.rollouts.lives import Counts
 from lightning_ray.rollouts.requests import Requests
+from lightning_ray.rollouts.roster import make_roster
 from lightning_ray.rollouts.types import (
     AttemptOutcome,
     Identity,
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 1.0
 _TOGETHER = frozenset({"enqueue", "dequeue", "finish", "resolve", "blame", "excuse", "engines_of"})
+ROSTER = "running"
+"""The roster's file, in the queue's folder."""
 LISTEN_EVERY_S = 0.3
 """How often spans are taken as heartbeats, at most."""
 
@@ -72,6 +75,10 @@ class RolloutQueue:
             self._lives.past.clear()
             if self._journal.torn:
                 log.warning("%d torn bytes cut off the journal's end", self._journal.torn)
+        # After the journal was read: most of its attempts are over.
+        self._roster = None if folder is None else make_roster(Path(folder) / ROSTER)
+        if self._roster is not None:
+            self._lives.show(self._roster)
         self._clock = Clock(since=self._lives.now)
         # Nobody could be heard while this process was down.
         self._lives.heard_all(self._clock.now())
@@ -271,6 +278,12 @@ class RolloutQueue:
     async def resolve(self, capability: str, telling: bool = False) -> Identity | None:
         """Whom a capability stands for while its attempt lives; `telling`, a while longer."""
         return self._lives.resolve(capability, telling)
+
+    async def roster(self) -> tuple[str, str] | None:
+        """The node and the path of the roster of running attempts; None where there is none."""
+        if self._roster is None:
+            return None
+        return ray.get_runtime_context().get_node_id(), str(self._roster.path)
 
     async def counts(self) -> Counts:
         """How many rollouts stand where."""

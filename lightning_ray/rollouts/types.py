@@ -110,6 +110,8 @@ class Identity:
     """As in the rollout's spec."""
     answered_by: dict[str, str] = field(default_factory=dict)
     """As in the rollout's spec."""
+    seat: int = field(default=-1, compare=False)
+    """Where the queue's roster has the attempt; another one after the queue restarted."""
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,9 @@ class Parts:
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
         config = self._config
+        job = self._folder.run_id
+        # Of a driver that was killed: this one goes on in its place.
+        stop_gateway(job)
         port = choose_port(config.gateway)
         roles = make_roles(config.gateway, config.policy.name, list(self._policies))
         policies = self._policies.items()
@@ -137,15 +140,13 @@ class Parts:
         models |= versions or {}
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
-        self.queue = start_queue(
-            self._folder.run_id, config.rollouts, self._folder.path / "rollouts", self.store
-        )
+        self.queue = start_queue(job, config.rollouts, self._folder.path / "rollouts", self.store)
         if models:
             answerers += self._start_models(models, roles, learn)
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
-            self._at_end(stop_gateway)
+            self._at_end(partial(stop_gateway, job))
             self.url = start_gateway(
-                config.gateway, port, self.queue.actor, roles, answerers, self.store
+                config.gateway, port, job, self.queue.actor, roles, answerers, self.store
             )
             if work:
                 self.workers = WorkerGroup(
@@ -231,28 +232,33 @@ class Parts:
         """Other learners in place of those that died, or of all; they have the base models'
         weights.
 
-        Raises InfrastructureError when one does not start.
+        Raises InfrastructureError when one does not start, PartLostError when it dies meanwhile: it
+        may have been placed on a node whose loss nobody has noticed yet. This may then be tried
+        again.
         """
         gone = [name for name, learner in self.learners.items() if everyone or learner.lost]
         for name in gone:
-            self.learners.pop(name).stop()
+            self.learners[name].stop()
         with self._progress.phase("starting the DeepSpeed learner again", slow=True):
-            self._start_learners()
+            for name in gone:
+                # What died has its place until another learns in it.
+                self.learners[name] = self._start_learner(name)
 
     def stop(self) -> None:
         """Stops every part that was started, last first; one that fails does not keep the rest."""
         self._stack.close()
 
     def _start_learners(self) -> None:
-        """Starts the learner of every policy that learns and has none."""
+        """Starts the learner of every policy that learns."""
         for name, policy in self._policies.items():
-            if policy.train and name not in self.learners:
-                settings = settings_of(self._config, policy).learner
-                label = f"{self._folder.run_id}-{name}"
-                self.learners[name] = LearnerGroup(settings, self.base(name), label)
-                self._at_end(self.learners[name].stop)
-        # In the order of the configuration, also of one that was started again.
-        self.learners = {n: self.learners[n] for n in self._policies if n in self.learners}
+            if policy.train:
+                self.learners[name] = self._start_learner(name)
+
+    def _start_learner(self, name: str) -> LearnerGroup:
+        settings = settings_of(self._config, self._policies[name]).learner
+        learner = LearnerGroup(settings, self.base(name), f"{self._folder.run_id}-{name}")
+        self._at_end(learner.stop)
+        return learner
 
     def _at_end(self, stop: Callable[[], None]) -> None:
         self._stack.callback(_stop_quietly, stop)

@@ -1,7 +1,6 @@
 """A run over several Ray nodes, of which any may be lost, and so may every other part."""
 
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 
+from benchmarks.dying import DEATHS, STALENESS, TASKS, WITHIN_S, Death, Run
 from benchmarks.nodes import Nodes
 from lightning_ray.policies import PolicyRegistry
 from lightning_ray.spans import read_folder
@@ -19,31 +19,18 @@ from lightning_ray.tracking.store import default_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).parents[2]
-STEPS, TASKS, GROUP = 9, 4, 4
-LOST = {
-    "step 1/": ("node", "rollouts"),
-    "step 2/": ("process", "ray::RolloutQueue"),
-    "step 3/": ("node", "inference"),
-    "step 4/": ("process", "ray::_Shard"),
-    "step 5/": ("process", "ray::ServeReplica"),
-    "step 6/": ("node", "learner"),
-    "step 7/": ("process", "ray::BatchMaker"),
-    "step 8/": ("process", "VLLM::EngineCore"),
-}
-"""What is lost, at a random moment of the next step, by the line that is then seen."""
+STEPS = len(DEATHS) + STALENESS + 2
+"""Rollouts still begin after the last death."""
 
 
 @dataclass
 class Story:
     """What was seen of the run."""
 
+    run: Run
     folder: Path
-    output: str
-    lost: list[tuple[str, str]]
+    deaths: list[Death]
     summary: RunSummary
-    longest_s: float
-    """Between two lines of the run, after the first step."""
 
 
 @pytest.fixture(scope="module")
@@ -54,59 +41,38 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def story(
-    nodes: Nodes, cli, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Story:
-    """Trains asynchronously while one part after the other is lost."""
-    output = tmp_path_factory.mktemp("outputs")
-    agent = ROOT / "benchmarks/agents/slow_calculator.py"
-    process = cli.start(
-        "train",
-        "experiment=calculator",
-        *nodes.settings,
-        f"output_dir={output}",
-        f'agent.command=[python,{agent},"{{question}}","3","1"]',
-        "training.staleness=2",
-        f"training.steps={STEPS}",
-        f"training.tasks_per_step={TASKS}",
-        f"algorithm.group_size={GROUP}",
-        "training.checkpoint_every=1",
-        "evaluation.tasks=null",
-    )
-    chance = random.Random(11)
-    waiting, lost, lines = dict(LOST), [], []
-    longest, last = 0.0, None
-    assert process.stdout is not None
-    request.addfinalizer(process.kill)
-    for line in process.stdout:
-        now = time.monotonic()
-        longest = max(longest, now - last if last is not None else 0.0)
-        lines.append(line)
-        last = now if last is not None or line.startswith("step 1/") else None
-        for seen in [seen for seen in waiting if line.startswith(seen)]:
-            how, what = waiting.pop(seen)
-            time.sleep(chance.uniform(0, 3))
-            if how == "node":
-                nodes.lose(what)
-                nodes.join(what)
-            else:
-                assert nodes.kill(what), f"there is no {what}"
-            lost.append((how, what))
-    assert process.wait(timeout=60) == 0, "".join(lines)
-    (folder,) = [path for path in output.iterdir() if (path / "overrides.json").is_file()]
-    summary = read_summary(folder / "summary.json")
-    return Story(folder, "".join(lines), lost, summary, longest)
+def story(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Trains asynchronously while one part after the other dies, each at a random moment."""
+    run = Run(tmp_path_factory.mktemp("outputs"), nodes, STEPS)
+    chance = random.Random()
+    deaths = []
+    run.start("experiment=calculator")
+    try:
+        for step, name in enumerate(chance.sample(list(DEATHS), len(DEATHS)), 1):
+            run.wait_for_step(step, 600)
+            time.sleep(chance.uniform(0, 5))
+            deaths.append(run.die(name))
+        code = run.wait(600)
+    finally:
+        run.process.kill()
+    assert code == 0, run.output
+    folder = run.run_folder.path
+    return Story(run, folder, deaths, read_summary(folder / "summary.json"))
 
 
 def test_the_run_goes_on_to_its_end_whatever_is_lost(story: Story) -> None:
-    print(story.output)
-    print(f"at most {story.longest_s:.0f} s between two lines")
-    assert story.lost == list(LOST.values())
-    assert "1 rollout workers died and were replaced" in story.output
-    assert "1 engines of policy died and are being replaced" in story.output
-    assert re.search(r"learner actor was lost.*going on from step \d", story.output)
+    print(story.run.output)
     history = story.summary.extra["history"]
     assert [row["step"] for row in history] == list(range(1, STEPS + 1))
+
+
+def test_what_died_is_made_good_in_time(story: Story) -> None:
+    took = {
+        death.name: seconds
+        for death, seconds in zip(story.deaths, story.run.recovered(story.deaths), strict=True)
+    }
+    print("  ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items()))
+    assert {name: s for name, s in took.items() if s > WITHIN_S[name]} == {}
 
 
 def test_every_task_is_trained_on_once(story: Story) -> None:

@@ -85,13 +85,14 @@ def stack(shared_engine: SharedEngine) -> Iterator[Stack]:
     url = start_gateway(
         gateway,
         choose_port(gateway),
+        "run",
         queue.actor,
         make_roles(gateway, "policy", ["policy"]),
         [Answerer("policy", tuple(engines.urls), engines.key)],
         store,
     )
     yield Stack(engines, queue, store, url, shared_engine.base, shared_engine.version)
-    stop_gateway()
+    stop_gateway("run")
     ray.kill(queue.actor)
 
 

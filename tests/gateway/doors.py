@@ -61,12 +61,13 @@ def open_door(
     rollouts: RolloutsConfig | None = None,
     keys: Mapping[str, str] | None = None,
     serving: ServingConfig | None = None,
+    job: str = "run",
 ) -> Iterator[OpenDoor]:
     """A door for as long as it lasts; `keys` open it for live traffic, by caller.
 
     Without `roles`, every model name of the configuration is the policy's, called "policy".
     """
-    queue = start_queue("run", rollouts or RolloutsConfig())
+    queue = start_queue("run", rollouts or RolloutsConfig(), folder / "rollouts")
     store = start_store(str(folder / "spans"), SpansConfig())
     live = desk = None
     if keys is not None:
@@ -75,6 +76,7 @@ def open_door(
     url = start_gateway(
         config,
         choose_port(config),
+        job,
         queue.actor,
         roles or make_roles(config, "policy", ["policy"]),
         answerers,
@@ -84,7 +86,7 @@ def open_door(
     try:
         yield OpenDoor(url, queue, store)
     finally:
-        stop_gateway()
+        stop_gateway(job)
         store.close()
         ray.kill(queue.actor)
         if desk is not None:

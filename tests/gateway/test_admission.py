@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from starlette.responses import Response
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.gateway import admission
 from lightning_ray.gateway.admission import Attempts, NotAdmittedError
-from lightning_ray.rollouts import Identity
+from lightning_ray.rollouts import Identity, RosterReader
+from lightning_ray.rollouts.capabilities import digest
+from lightning_ray.rollouts.roster import Roster
 
 WHO = Identity("run", "r", "r/1")
 
@@ -65,6 +69,39 @@ def test_a_reply_that_comes_before_the_yes_waits_for_it() -> None:
         assert not given.done()
         queue.asked[-1].set_result(WHO)
         assert (await given).body == b"said"
+
+    played(play)
+
+
+def test_who_is_seen_in_the_roster_is_let_in_without_a_question(tmp_path: Path) -> None:
+    async def play(queue: Queue, attempts: Attempts) -> None:
+        roster = Roster(tmp_path / "running")
+        seat = roster.take(digest("capability"))
+        attempts.look_at(RosterReader(tmp_path / "running"))
+
+        async def answer() -> Response:
+            return Response(b"said")
+
+        # Unknown so far: only the queue knows whom a capability stands for.
+        first = attempts.ask("capability")
+        queue.asked[-1].set_result(replace(WHO, seat=seat))
+        assert await first.identity() == WHO
+        await turns()
+        for _ in range(3):
+            reply = await attempts.ask("capability").meanwhile(answer())
+            assert reply.body == b"said"
+        assert len(queue.asked) == 1
+        roster.leave(seat)
+        late = asyncio.create_task(attempts.ask("capability").meanwhile(answer()))
+        await turns()
+        assert len(queue.asked) == 2 and not late.done()
+        queue.asked[-1].set_result(None)
+        with pytest.raises(NotAdmittedError):
+            await late
+        # Whoever has the seat next is somebody else.
+        assert roster.take(digest("another")) == seat
+        attempts.ask("capability")
+        assert len(queue.asked) == 3
 
     played(play)
 

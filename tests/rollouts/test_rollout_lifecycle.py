@@ -1,4 +1,6 @@
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lightning_ray.rollouts.capabilities import digest
 from lightning_ray.rollouts.lifecycle import Lifecycle
+from lightning_ray.rollouts.roster import NOWHERE, WIDTH, Roster, RosterReader
 from lightning_ray.rollouts.types import (
     RETRIED,
     AttemptOutcome,
@@ -61,13 +65,23 @@ class LifecycleAgainstReference(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
         self.lives = Lifecycle("run", GRACE_S)
+        self.lives.show(Roster(self.path))
+        self.seen = RosterReader(self.path)
         self.history: list[bytes] = []
         self.now = 0.0
         self.expected: dict[str, Expected] = {}
         self.queue: list[str] = []
         self.leases: list[Lease] = []
         self.requests: list[str] = []
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder.name) / "running"
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
 
     @rule(
         batch=st.lists(
@@ -262,6 +276,7 @@ class LifecycleAgainstReference(RuleBasedStateMachine):
             event = decode(line)
             assert encode(event) == line
             self.lives.apply(event)
+        self.lives.show(Roster(self.path))
         # What was heard is not written down: who starts again has heard of everybody.
         self.lives.heard_all(self.now)
         for rollout in self.expected.values():
@@ -340,6 +355,15 @@ class LifecycleAgainstReference(RuleBasedStateMachine):
             whom = Identity("run", lease.rollout_id, lease.attempt_id)
             assert self.lives.resolve(lease.capability) == (whom if attempt.open else None)
             assert self.lives.live(lease.attempt_id) is attempt.open
+
+    @invariant()
+    def the_roster_has_those_whose_capability_opens_and_nobody_else(self) -> None:
+        taken = self.path.read_bytes()[: 1000 * WIDTH]
+        for lease in self.leases:
+            whom, hashed = self.lives.resolve(lease.capability), digest(lease.capability)
+            assert whom is None or self.seen.sits(whom.seat, hashed)
+            assert not self.seen.sits(NOWHERE, hashed)
+            assert taken.count(hashed[:WIDTH]) == (whom is not None)
 
     @invariant()
     def the_counts_add_up(self) -> None:
