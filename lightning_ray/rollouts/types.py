@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from lightning_ray.policies import PromptVersion
+from lightning_ray.rollouts.roster import NOWHERE
 
 
 class RolloutStatus(StrEnum):
@@ -110,7 +111,7 @@ class Identity:
     """As in the rollout's spec."""
     answered_by: dict[str, str] = field(default_factory=dict)
     """As in the rollout's spec."""
-    seat: int = field(default=-1, compare=False)
+    seat: int = field(default=NOWHERE, compare=False)
     """Where the queue's roster has the attempt; another one after the queue restarted."""
 
 
