@@ -45,6 +45,7 @@ from importlib.util import module_from_spec, spec_from_file_location  # noqa: E4
 from typing import TYPE_CHECKING, Any, NoReturn  # noqa: E402
 
 if TYPE_CHECKING:
+    from lightning_ray.agents import zygote_certificates as certificates
     from lightning_ray.agents import zygote_child as child
     from lightning_ray.agents import zygote_libraries as libraries
     from lightning_ray.agents import zygote_limits as limits
@@ -57,6 +58,7 @@ else:
         spec.loader.exec_module(module)
         return module
 
+    certificates = _sibling("zygote_certificates")
     child = _sibling("zygote_child")
     libraries = _sibling("zygote_libraries")
     limits = _sibling("zygote_limits")
@@ -104,6 +106,7 @@ class Zygote:
         if names:
             signal.alarm(PRELOAD_LIMIT_S)
             failed = self._libraries.preload(names, frozenset(message["watch"]))
+            certificates.put_off_reading()
             signal.alarm(0)
         ready = {
             "event": "ready",

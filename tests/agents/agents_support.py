@@ -2,14 +2,25 @@
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_ray.agents import AgentConfig, AgentResult, Task, WarmLauncher, make_launcher
+from lightning_ray.agents import (
+    AgentConfig,
+    AgentResult,
+    Task,
+    WarmLauncher,
+    attempt_environment,
+    make_launcher,
+)
 
 T = TypeVar("T")
+
+ATTEMPT = attempt_environment("http://127.0.0.1:9/attempt", "key", {"SNOWMAN": "☃ = x"})
 
 
 def with_launcher(
@@ -37,6 +48,34 @@ async def warmed(launcher: WarmLauncher, task: Task, env: Mapping[str, str]) -> 
         assert time.monotonic() < deadline, "the launcher never learnt"
         await asyncio.sleep(0.02)
     return first
+
+
+def both(config: AgentConfig, tasks: list[Task]) -> list[tuple[AgentResult, AgentResult]]:
+    """(cold, warm) for each task; the warm ones are forks of a process with the libraries."""
+
+    async def cold(launcher):
+        return [await launcher.run(task, ATTEMPT, 30) for task in tasks]
+
+    async def warm(launcher):
+        assert isinstance(launcher, WarmLauncher)
+        await warmed(launcher, Task("learn", {"case": "learn"}), ATTEMPT)
+        assert not launcher.cold_reason
+        results = [await launcher.run(task, ATTEMPT, 30) for task in tasks]
+        assert all(result.warm for result in results)
+        return results
+
+    colds = with_launcher(replace(config, warm_start=False), cold)
+    assert not any(result.warm for result in colds)
+    return list(zip(colds, with_launcher(config, warm), strict=True))
+
+
+def visible(result: AgentResult) -> tuple:
+    """How it ended, what it printed and wrote, addresses and the names of its folders aside."""
+    said = [
+        re.sub(r"0x[0-9a-f]{8,}|/lightning-ray-agents-\w+/\w+", "0x", text)
+        for text in (result.stdout, result.stderr, result.output)
+    ]
+    return (result.end, result.exit_code, result.signal, *said)
 
 
 def is_running(pid: int) -> bool:

@@ -1,45 +1,13 @@
 """An agent cannot tell a warm start from a cold one."""
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
-from agents_support import warmed, with_launcher
+from agents_support import ATTEMPT, both, visible, warmed, with_launcher
 
-from lightning_ray.agents import AgentResult, Task, WarmLauncher, attempt_environment
-from lightning_ray.agents.config import AgentConfig, ResultBy, TaskBy
-
-ATTEMPT = attempt_environment("http://127.0.0.1:9/attempt", "key", {"SNOWMAN": "☃ = x"})
-
-
-def both(config: AgentConfig, tasks: list[Task]) -> list[tuple[AgentResult, AgentResult]]:
-    """(cold, warm) for each task; the warm ones are forks of a process with the libraries."""
-
-    async def cold(launcher):
-        return [await launcher.run(task, ATTEMPT, 30) for task in tasks]
-
-    async def warm(launcher):
-        assert isinstance(launcher, WarmLauncher)
-        await warmed(launcher, Task("learn", {"case": "learn"}), ATTEMPT)
-        assert not launcher.cold_reason
-        results = [await launcher.run(task, ATTEMPT, 30) for task in tasks]
-        assert all(result.warm for result in results)
-        return results
-
-    colds = with_launcher(replace(config, warm_start=False), cold)
-    assert not any(result.warm for result in colds)
-    return list(zip(colds, with_launcher(config, warm), strict=True))
-
-
-def visible(result: AgentResult) -> tuple:
-    """How it ended, what it printed and wrote, addresses and the names of its folders aside."""
-    said = [
-        re.sub(r"0x[0-9a-f]{8,}|/lightning-ray-agents-\w+/\w+", "0x", text)
-        for text in (result.stdout, result.stderr, result.output)
-    ]
-    return (result.end, result.exit_code, result.signal, *said)
-
+from lightning_ray.agents import Task
+from lightning_ray.agents.config import ResultBy, TaskBy
 
 PROBE = """
 import gc, json, locale, logging, os, random, signal, sys, threading, warnings
