@@ -30,6 +30,8 @@ from lightning_ray.errors import InfrastructureError, UserError
 
 DEFAULT_URL = "http://127.0.0.1:8265"
 REQUEST_TIMEOUT_S = 60.0
+AGENT_WAIT_S = 60.0
+"""How long a cluster that has just started may take until it can start jobs."""
 LOOK_EVERY_S = 0.5
 SILENCE_S = 15.0
 """A log that says nothing for so long is asked after."""
@@ -62,7 +64,26 @@ class JobServer:
         self._client.max_upload_mib = config.max_upload_mib
 
     def submit(self, submission: Submission) -> None:
-        """Sends the working directory and the job. Raises UserError when it is not taken."""
+        """Sends the working directory and the job, once the cluster has an agent that starts jobs.
+
+        Raises UserError when it is not taken, InfrastructureError when there is no agent for
+        `AGENT_WAIT_S`.
+        """
+        deadline = time.monotonic() + AGENT_WAIT_S
+        while True:
+            try:
+                return self._submit(submission)
+            except _NoAgentError as error:
+                # Ray opens the job server first; on a busy machine that can be a while before.
+                if time.monotonic() > deadline:
+                    raise InfrastructureError(
+                        f"the job server at {self.url} has had no agent for jobs for "
+                        f"{AGENT_WAIT_S:.0f} s; see whether its port was taken there "
+                        "(`ray start --dashboard-agent-listen-port=PORT`)"
+                    ) from error
+            time.sleep(LOOK_EVERY_S)
+
+    def _submit(self, submission: Submission) -> None:
         try:
             with self._errors():
                 self._client.submit_job(
@@ -76,11 +97,7 @@ class JobServer:
                     f"cluster.job={submission.job}: {self.url} has a job of that id; choose another"
                 ) from error
             if "No available agent" in str(error):
-                raise InfrastructureError(
-                    f"the job server at {self.url} has no agent for jobs; where Ray has just "
-                    "started, try again, and else see whether its port was taken there "
-                    "(`ray start --dashboard-agent-listen-port=PORT`)"
-                ) from error
+                raise _NoAgentError(str(error)) from error
             raise
 
     def details(self, job: str) -> JobDetails:
@@ -169,6 +186,10 @@ class JobServer:
             "cluster's own into RAY_AUTH_TOKEN, or into the file that RAY_AUTH_TOKEN_PATH names "
             "(~/.ray/auth_token by default)"
         ) from error
+
+
+class _NoAgentError(InfrastructureError):
+    """The job server has nothing that could start a job."""
 
 
 class _Client(JobSubmissionClient):

@@ -44,6 +44,6 @@ def test_a_mistake_is_one_line_and_makes_nothing(words, says, tmp_path: Path, ca
     status = run([*words, f"output_dir={tmp_path}"])
     printed = capsys.readouterr()
     assert status == 2 and printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("error: ") and says in line
+    assert len(printed.err.splitlines()) == 1, printed.err
+    assert printed.err.startswith("error: ") and says in printed.err
     assert list(tmp_path.iterdir()) == []
