@@ -16,6 +16,9 @@ ARGS ?=
 # Which example agents: all of them, unless names are given.
 FRAMEWORKS ?=
 
+# Where it is set, as in many containers, every process would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-step bench-weights bench-pipeline soak check format lock clean
 .DEFAULT_GOAL := train
 
