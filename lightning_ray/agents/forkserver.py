@@ -159,9 +159,10 @@ class ForkServer:
     async def learn(
         self, job: Job, timeout_s: float, max_output_bytes: int
     ) -> tuple[AgentResult, list[str] | None]:
-        """Run a `fork` job, and name the libraries it had imported when it ended, in their order.
+        """Run a `fork` job, and name the libraries that it imported, in their order.
 
-        None where it ended too abruptly to tell.
+        Those that were there before it began are not named. None where it ended too abruptly to
+        tell.
         """
         result, report = await self._run(job, timeout_s, max_output_bytes, learn=True)
         with suppress(ValueError):  # cut off: as good as none

@@ -1,7 +1,9 @@
 """Warm starts: a rollout of a Python agent costs a fork, not an interpreter and its imports.
 
 The first run is forked from an empty zygote and reports, when it exits, which libraries it had
-imported. A second zygote imports those, and every later run is forked from it.
+imported. A second zygote imports those, and every later run is forked from it. Where the first was
+not like the others (it failed early, say), the next ones report what they had to import themselves,
+and another zygote has that too.
 
 Invariant: the agent cannot tell. A library for which an early import would make a difference is
 left to each run (it reads a variable that attempts set), has its output replayed (it prints), or
@@ -28,6 +30,10 @@ _log = logging.getLogger(__name__)
 LEARN_WAIT_S = 20.0
 # Runs that may end without a report (killed, timed out, os._exit) before learning is given up.
 LEARN_TRIES = 3
+# How many runs report what they have to import, since libraries were last learnt, and how often
+# more are learnt from that.
+REPORTS = 32
+MORE_ROUNDS = 3
 # Each round leaves out the modules that the last one found not to be shareable.
 PRELOAD_ROUNDS = 5
 # A zygote that died this often in a row is not trusted with another fork.
@@ -47,7 +53,6 @@ class WarmLauncher:
                 f"agent.command: {config.command} is not `python [-u] SCRIPT.py ARG...`"
             )
         self._config = config
-        self._own_packages = set(own_packages)
         self._script = script
         self._cwd = agent_folder(config)
         self._attempts = Attempts(config)
@@ -59,6 +64,10 @@ class WarmLauncher:
         self._modules: list[str] | None = None
         self._watched: frozenset[str] = frozenset()
         self._learning: asyncio.Future[None] | None = None
+        self._left_out = set(own_packages)
+        self._reports_left = 0
+        self._more_rounds_left = MORE_ROUNDS
+        self._more_coming = False
         self._tries_left = LEARN_TRIES
         self._deaths = 0
         self._closed = False
@@ -98,6 +107,8 @@ class WarmLauncher:
             )
             if self._modules is None and self._learning is None and self._tries_left > 0:
                 result = await self._learn(server, job, timeout_s)
+            elif self._modules is not None and self._reports_left > 0:
+                result = await self._look_for_more(server, job, timeout_s)
             else:
                 result = await server.run(job, timeout_s, self._config.max_output_bytes)
             if result.end is not AgentEnd.LAUNCH_FAILED:
@@ -116,8 +127,7 @@ class WarmLauncher:
             if modules is None:
                 self._learnt()
         if modules is not None:
-            own = frozenset(k for k, v in job.env.items() if self._base_env.get(k) != v)
-            self._do_later(self._warm_up(modules, own))
+            self._do_later(self._warm_up(modules, self._own_variables(job)))
         elif self._tries_left == 0:
             _log.warning(
                 "agent %s: no run exited normally, so its libraries are not known and each run "
@@ -125,6 +135,22 @@ class WarmLauncher:
                 self._config.name,
             )
         return result
+
+    async def _look_for_more(self, server: ForkServer, job: Job, timeout_s: float) -> AgentResult:
+        """Run a job; what it has to import itself those after it will find."""
+        self._reports_left -= 1
+        result, modules = await server.learn(job, timeout_s, self._config.max_output_bytes)
+        known = self._modules or []
+        more = set(modules or []).difference(known)
+        new = [m for m in modules or [] if m in more and not _under(m, self._left_out)]
+        if new and self._more_rounds_left > 0 and not self._more_coming and not self._closed:
+            self._more_rounds_left -= 1
+            self._more_coming = True
+            self._do_later(self._warm_up([*known, *new], self._own_variables(job), more=True))
+        return result
+
+    def _own_variables(self, job: Job) -> frozenset[str]:
+        return frozenset(k for k, v in job.env.items() if self._base_env.get(k) != v)
 
     async def close(self) -> None:
         """See `Launcher.close`."""
@@ -186,36 +212,51 @@ class WarmLauncher:
             scratch=self._attempts.folder(),
         )
 
-    async def _warm_up(self, modules: list[str], watched: frozenset[str]) -> None:
-        """Replace the zygote by one that has imported the modules, as far as they can be shared."""
-        left_out = set(self._own_packages)
+    async def _warm_up(
+        self, modules: list[str], watched: frozenset[str], more: bool = False
+    ) -> None:
+        """Replace the zygote by one that has imported the modules, as far as they can be shared.
+
+        Without one, starts are cold; or, where there are `more` than were learnt, as they were.
+        """
         try:
-            for _ in range(PRELOAD_ROUNDS):
-                wanted = [m for m in modules if not _under(m, left_out)]
-                server = self._make_server(wanted, watched)
-                try:
-                    ready = await server.start()
-                except InfrastructureError as error:
-                    return self._give_up(str(error))
-                if ready.threads == 1 and not ready.tainted:
-                    for module, reason in ready.failed.items():
-                        _log.info("agent %s: not preloaded: %s", module, reason)
-                    self._adopt(server, wanted, watched)
-                    return None
-                await server.close()
-                if ready.threads > 1:
-                    return self._give_up(
-                        f"its libraries run {ready.threads - 1} threads from their import on"
-                    )
-                left_out.update(ready.tainted)
-                _log.info("agent %s: left to each run: %s", self._config.name, ready.tainted)
-            self._give_up("its libraries depend on the attempt when they are imported")
+            reason = await self._replace(modules, watched)
+            if reason and more:
+                self._more_rounds_left = 0
+                _log.info("agent %s: its libraries stay as learnt: %s", self._config.name, reason)
+            elif reason:
+                self._give_up(reason)
         finally:
+            self._more_coming = False
             self._learnt()
+
+    async def _replace(self, modules: list[str], watched: frozenset[str]) -> str:
+        """Why the modules cannot be shared; empty where they are, and the zygote is replaced."""
+        left_out = set(self._left_out)
+        for _ in range(PRELOAD_ROUNDS):
+            wanted = [m for m in modules if not _under(m, left_out)]
+            server = self._make_server(wanted, watched)
+            try:
+                ready = await server.start()
+            except InfrastructureError as error:
+                return str(error)
+            if ready.threads == 1 and not ready.tainted:
+                for module, reason in ready.failed.items():
+                    _log.info("agent %s: not preloaded: %s", module, reason)
+                self._left_out = left_out | set(ready.failed)
+                self._adopt(server, wanted, watched)
+                return ""
+            await server.close()
+            if ready.threads > 1:
+                return f"its libraries run {ready.threads - 1} threads from their import on"
+            left_out.update(ready.tainted)
+            _log.info("agent %s: left to each run: %s", self._config.name, ready.tainted)
+        return "its libraries depend on the attempt when they are imported"
 
     def _adopt(self, server: ForkServer, modules: list[str], watched: frozenset[str]) -> None:
         old, self._server = self._server, server
         self._modules, self._watched = modules, watched
+        self._reports_left = REPORTS if self._more_rounds_left > 0 else 0
         if old is not None:
             self._do_later(old.close(kill=False))
 

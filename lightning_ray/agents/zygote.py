@@ -80,6 +80,7 @@ class Zygote:
         self._owner = os.getppid()
         self._scratch: str | None = None
         self._children: dict[int, int] = {}  # pid -> id of the run
+        self._reports: dict[int, int] = {}  # pid -> where it says at its end what it imported
         self._watch = limits.Watch()
         self._over: dict[int, tuple[str, int]] = {}  # pid -> the limit, and how much it held
         self._script_env: dict[bytes, bytes] = {}
@@ -167,6 +168,8 @@ class Zygote:
     def _run(self, message: dict[str, Any], fds: list[int]) -> child.Job | None:
         """Start one run and tell the owner; in the forked child, return its job."""
         zygote = os.getpid()
+        stdin = fds.pop(2) if message["stdin"] else None
+        report = _own_fd(fds.pop(2)) if len(fds) > 2 else None
         # Closed by a successful exec, so that reading it to its end waits for no longer than that.
         error_out, error_in = os.pipe()
         try:
@@ -176,13 +179,10 @@ class Zygote:
             os.write(error_in, f"fork: {error}".encode())
         if pid == 0:
             os.close(error_out)
-            stdin = fds.pop(2) if message["stdin"] else None
-            self._enter_child(zygote, fds, stdin)
+            self._enter_child(zygote, fds, stdin, report)
             if not message["fork"]:
                 _execute(message["path"], message["argv"], message["env"], error_in)
             os.close(error_in)
-            if len(fds) > 2:
-                self._libraries.report_at_exit(_own_fd(fds[2]))
             self._libraries.replay()
             return child.Job(
                 [os.fsdecode(_raw(word)) for word in message["argv"]],
@@ -190,23 +190,30 @@ class Zygote:
                 {**_raw_env(message["env"]), **self._script_env},
                 self._shared,
                 self._shared_files,
+                None if report is None else self._libraries.reporter(report, self._shared),
             )
-        for fd in (*fds, error_in):
+        for fd in (*fds, error_in, *(() if stdin is None else (stdin,))):
             os.close(fd)
         error_text = b"" if message["fork"] and pid > 0 else _read_to_end(error_out)
         os.close(error_out)
         if error_text:
             if pid > 0:
                 os.waitpid(pid, 0)
+            if report is not None:
+                os.close(report)
             reason = error_text.decode("utf-8", "replace")
             self._tell({"event": "failed", "id": message["id"], "error": reason})
             return None
         self._children[pid] = message["id"]
+        if report is not None:
+            self._reports[pid] = report
         self._watch.add(pid, message["max_memory"], message["max_processes"])
         self._tell({"event": "started", "id": message["id"], "pid": pid})
         return None
 
-    def _enter_child(self, zygote: int, fds: list[int], stdin: int | None) -> None:
+    def _enter_child(
+        self, zygote: int, fds: list[int], stdin: int | None, report: int | None
+    ) -> None:
         """Cut the child loose: own session, plain signals, its streams, none of our descriptors."""
         os.setsid()
         if self._prctl is not None:
@@ -215,8 +222,10 @@ class Zygote:
                 os._exit(127)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for fd in self._private_fds:
-            os.close(fd)
+        # Where it reports is opened again when it does: meanwhile the agent would find it.
+        for fd in (*self._private_fds, *self._reports.values(), report):
+            if fd is not None:
+                os.close(fd)
         self._control.detach()
         if stdin is not None:
             os.dup2(stdin, 0)
@@ -246,6 +255,9 @@ class Zygote:
             if not hasattr(os, "waitid"):  # macOS; the number could in theory be somebody else's
                 _kill_group(pid, signal.SIGKILL)
             run = self._children.pop(pid)
+            report = self._reports.pop(pid, None)
+            if report is not None:
+                os.close(report)
             cpu = usage.ru_utime + usage.ru_stime
             self._watch.remove(pid)
             over = self._over.pop(pid, None)

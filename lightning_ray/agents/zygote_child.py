@@ -18,7 +18,7 @@ import io
 import os
 import sys
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, Callable  # noqa: UP035
 
 
 class Job:
@@ -31,6 +31,7 @@ class Job:
         env: dict[bytes, bytes],
         shared: frozenset[str],
         shared_files: list[Any],
+        report: Callable[[], None] | None = None,
     ):
         self.argv = argv
         """The command line, interpreter first."""
@@ -42,6 +43,8 @@ class Job:
         """Modules that were imported for all children; empty where the child does its own."""
         self.shared_files = shared_files
         """Files that were open before the fork."""
+        self.report = report
+        """Tells what was imported; called once the agent's own exit handlers have run."""
 
 
 def become(job: Job, plain_main: dict[str, Any]) -> tuple[str, Ending]:
@@ -57,6 +60,8 @@ def become(job: Job, plain_main: dict[str, Any]) -> tuple[str, Ending]:
     ending = Ending(job)
     if job.shared:
         atexit.register(ending.finish)
+    if job.report is not None:
+        atexit.register(job.report)
     os.environb.clear()
     os.environb.update(job.env)
     script = job.argv[job.script]

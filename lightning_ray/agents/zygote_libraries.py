@@ -9,13 +9,12 @@ Standard library only, and nothing newer than Python 3.9: the agent's interprete
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import json
 import os
 import sys
 from importlib.machinery import ModuleSpec
-from typing import Iterator  # noqa: UP035
+from typing import Callable, Iterator  # noqa: UP035
 
 
 class _WatchedEnviron(type(os.environ)):  # type: ignore[misc]
@@ -102,23 +101,32 @@ class Libraries:
         for fd, text in self._printed:
             os.write(fd, text)
 
-    def report_at_exit(self, fd: int) -> None:
-        """In a child: at exit, after all else, write the imported libraries' names as JSON."""
-        pid = os.getpid()
+    def reporter(self, fd: int, known: frozenset[str]) -> Callable[[], None]:
+        """In a child: writes the names of the imported libraries that are not known, as JSON.
+
+        `fd` is the parent's descriptor, which the child reaches through /proc when it is called:
+        where it cannot, nothing is written.
+        """
+        pid, parent = os.getpid(), os.getppid()
 
         def tell() -> None:
-            if os.getpid() != pid:
+            if os.getpid() != pid or os.getppid() != parent:
+                return
+            try:
+                report = os.open(f"/proc/{parent}/fd/{fd}", os.O_WRONLY)
+            except OSError:
                 return
             names = []
             for name, module in list(sys.modules.items()):
-                origin = _origin(name, module)
+                origin = None if name in known else _origin(name, module)
                 if origin is not None and self._is_library(origin):
                     names.append(name)
             rest = json.dumps(names).encode()
             while rest:
-                rest = rest[os.write(fd, rest) :]
+                rest = rest[os.write(report, rest) :]
+            os.close(report)
 
-        atexit.register(tell)
+        return tell
 
     def _divert_output(self) -> list[tuple[int, int, int]]:
         """Send stdout and stderr to memory: (descriptor, where it went before, the memory)."""

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from agents_support import warmed, with_launcher
 
@@ -123,6 +124,71 @@ def test_the_first_wave_waits_for_the_run_that_learns(agent):
 
     results = with_launcher(agent("import decimal, time\ntime.sleep(0.3)\n"), use)
     assert sorted(result.warm for result in results) == [False, *[True] * 5]
+
+
+def test_what_the_first_run_did_not_come_to_is_learnt_from_those_after_it(agent):
+    source = """
+import sys
+if sys.argv[1] == "fail":
+    raise SystemExit(1)
+import shared, own
+print(shared.VALUE)
+if sys.argv[1] == "more":
+    import another
+"""
+    files = {"shared": "VALUE = 1\n", "another": ""}
+    config = library(agent, source, **files)
+    config = replace(config, command=["python", "agent.py", "{what}"])
+    (Path(config.cwd) / "own.py").write_text("")
+
+    async def learns(launcher, what, module):
+        for number in range(60):
+            result = await launcher.run(Task("1", {"what": what}), attempt(number), 30)
+            assert (result.exit_code, result.stdout) == (0, "1\n") and result.warm
+            if module in launcher.preloaded:
+                return result
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"never learnt: {module}")
+
+    async def use(launcher):
+        first = await warmed(launcher, Task("1", {"what": "fail"}), attempt(0))
+        assert first.exit_code == 1 and "shared" not in launcher.preloaded
+        await learns(launcher, "go", "shared")
+        await learns(launcher, "more", "another")
+        return launcher.preloaded
+
+    assert "own" not in with_launcher(config, use)
+
+
+def test_a_library_of_later_runs_that_cannot_be_shared_is_left_to_them(agent):
+    source = """
+import sys
+if sys.argv[1] == "go":
+    import threaded
+    threaded.jobs.put(1)
+    print(threaded.done.get(timeout=5))
+"""
+    threaded = """
+import queue, threading
+jobs, done = queue.Queue(), queue.Queue()
+def work():
+    while True: done.put(jobs.get())
+threading.Thread(target=work, daemon=True).start()
+"""
+    config = library(agent, source, threaded=threaded)
+    config = replace(config, command=["python", "agent.py", "{what}"])
+
+    async def use(launcher):
+        await warmed(launcher, Task("1", {"what": "stop"}), attempt(0))
+        results = []
+        for number in range(8):
+            results.append(await launcher.run(Task("1", {"what": "go"}), attempt(number), 30))
+            await asyncio.sleep(0.1)
+        return launcher, results
+
+    launcher, results = with_launcher(config, use)
+    assert [(r.stdout, r.warm) for r in results] == [("1\n", True)] * 8
+    assert "threaded" not in launcher.preloaded and not launcher.cold_reason
 
 
 def test_an_agent_that_exits_abruptly_is_not_waited_for_for_ever(agent):
