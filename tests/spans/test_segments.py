@@ -85,7 +85,9 @@ def test_any_changed_byte_is_put_right(tmp_path: Path) -> None:
     path = tmp_path / "1.arrows"
     batches, _ = written(path, 3)
     content = path.read_bytes()
-    for place in range(len(content)):
+    # A prime, so that no field of the format is left out each time.
+    stride = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 5
+    for place in range(0, len(content), stride):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x81]) + content[place + 1 :])
         scan = read_segment(path)
         assert [found for _, found in scan.batches] == batches
