@@ -35,10 +35,14 @@ LEFT_OUT = ("lightning_ray.inference.forks_preload",)
 
 
 def modules() -> Iterator[str]:
-    for module in pkgutil.walk_packages(lightning_ray.__path__, "lightning_ray."):
+    for module in pkgutil.walk_packages(lightning_ray.__path__, "lightning_ray.", _told):
         if module.name not in LEFT_OUT:
             yield module.name
     yield from ELSEWHERE
+
+
+def _told(name: str) -> None:
+    """A package that does not import is named by `main`, which tries it too."""
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
         for name in modules():
             try:
                 importlib.import_module(name)
-            except Exception as error:  # noqa: BLE001 - a package may raise anything; it is told
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a package may raise anything; it is told
                 failed[name] = error
     # Whoever needs it will be told; compiled files less are no reason to stop a setup.
     for name, error in failed.items():

@@ -48,6 +48,8 @@ class Readiness:
     """Modules that did not import, and why."""
     tainted: list[str]
     """Modules that must not be shared: they read what each attempt sets, or are the agent's own."""
+    printed: list[str]
+    """Modules that printed when they were imported; each run prints that again."""
     threads: int
     """Threads that a fork would lose, plus one: more than 1 means that forking is not safe."""
 
@@ -97,6 +99,7 @@ class ForkServer:
         self.alive = False
         """Whether runs can be handed to it."""
         self._closing = False
+        self._stopped: set[int] = set()
 
     async def start(self) -> Readiness:
         """Start the zygote and wait for its imports.
@@ -146,7 +149,9 @@ class ForkServer:
             await self.close()
             last = self._output[1].text.strip().splitlines()[-1:]
             raise InfrastructureError(f"{' '.join(self._command)}: {message['error']} {last}")
-        return Readiness(message["failed"], message["tainted"], message["threads"])
+        return Readiness(
+            message["failed"], message["tainted"], message["printed"], message["threads"]
+        )
 
     async def run(self, job: Job, timeout_s: float, max_output_bytes: int) -> AgentResult:
         """Run a job to its end.
@@ -204,7 +209,9 @@ class ForkServer:
             del self._runs[run_id]
             self._pids.pop(run_id, None)
         stdout, stderr, *report = captures
-        end, exit_code, signal_number, words = self._read_end(ended.result(), job, timed_out)
+        end, exit_code, signal_number, words = self._read_end(
+            ended.result(), job, timed_out, run_id in self._stopped
+        )
         result = AgentResult(
             end=end,
             exit_code=exit_code,
@@ -221,7 +228,7 @@ class ForkServer:
         return result, report[0].data if report else b""
 
     def _read_end(
-        self, ended: dict[str, Any], job: Job, timed_out: bool
+        self, ended: dict[str, Any], job: Job, timed_out: bool, stopped: bool
     ) -> tuple[AgentEnd, int | None, int | None, str]:
         """How a run ended: (end, exit code, signal, what to say of it)."""
         if ended["event"] != "ended":
@@ -236,7 +243,7 @@ class ForkServer:
             return AgentEnd.TIMED_OUT, exit_code, number, ""
         if number is None:
             return AgentEnd.EXITED, exit_code, None, ""
-        return (AgentEnd.CANCELLED if self._closing else AgentEnd.KILLED), None, number, ""
+        return (AgentEnd.CANCELLED if stopped else AgentEnd.KILLED), None, number, ""
 
     async def _kill(self, run_id: int, ended: asyncio.Future[dict[str, Any]]) -> None:
         """Kill a run that has not ended, and wait until that is known to be done."""
@@ -254,11 +261,13 @@ class ForkServer:
             kill: Stop the runs that it holds, which end as CANCELLED; otherwise wait for them. Each
                 has a time limit of its own.
         """
-        if not kill and self._runs:
-            await asyncio.wait(list(self._runs.values()))
+        while not kill and (waiting := [run for run in self._runs.values() if not run.done()]):
+            await asyncio.wait(waiting)
         self._closing = True
-        for run_id in list(self._runs):
-            self._send({"op": "signal", "id": run_id, "signal": signal.SIGKILL})
+        for run_id, run in list(self._runs.items()):
+            if not run.done():
+                self._stopped.add(run_id)
+                self._send({"op": "signal", "id": run_id, "signal": signal.SIGKILL})
         if self._runs:
             await asyncio.wait(list(self._runs.values()), timeout=KILL_WAIT_S)
         if self._process is None:

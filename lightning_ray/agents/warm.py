@@ -3,7 +3,7 @@
 The first run is forked from an empty zygote and reports, when it exits, which libraries it had
 imported. A second zygote imports those, and every later run is forked from it. Where the first was
 not like the others (it failed early, say), the next ones report what they had to import themselves,
-and another zygote has that too.
+and another zygote has that too, if two of them had.
 
 Invariant: the agent cannot tell. A library for which an early import would make a difference is
 left to each run (it reads a variable that attempts set), has its output replayed (it prints), or
@@ -12,6 +12,7 @@ makes every start a cold one (it runs a thread); the reason is logged.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Collection, Coroutine, Mapping
 
 from lightning_ray.agents.attempt import Attempts
@@ -66,6 +67,7 @@ class WarmLauncher:
         self._learning: asyncio.Future[None] | None = None
         self._left_out = set(own_packages)
         self._reports_left = 0
+        self._imported: Counter[str] = Counter()
         self._more_rounds_left = MORE_ROUNDS
         self._more_coming = False
         self._tries_left = LEARN_TRIES
@@ -96,6 +98,8 @@ class WarmLauncher:
         if server is None:
             return await self._cold.run(task, env, timeout_s)
         async with self._attempts.prepared(task, env) as attempt:
+            if self._server is not None and self._server.alive:
+                server = self._server  # another may have taken its place meanwhile
             job = Job(
                 attempt.argv,
                 attempt.env,
@@ -106,16 +110,18 @@ class WarmLauncher:
                 max_processes=self._config.max_processes,
             )
             if self._modules is None and self._learning is None and self._tries_left > 0:
-                result = await self._learn(server, job, timeout_s)
+                result = await self._learn(server, job, env, timeout_s)
             elif self._modules is not None and self._reports_left > 0:
-                result = await self._look_for_more(server, job, timeout_s)
+                result = await self._look_for_more(server, job, env, timeout_s)
             else:
                 result = await server.run(job, timeout_s, self._config.max_output_bytes)
             if result.end is not AgentEnd.LAUNCH_FAILED:
                 self._deaths = 0
             return await attempt.result(result)
 
-    async def _learn(self, server: ForkServer, job: Job, timeout_s: float) -> AgentResult:
+    async def _learn(
+        self, server: ForkServer, job: Job, env: Mapping[str, str], timeout_s: float
+    ) -> AgentResult:
         """Run a job, and have the libraries that it imported made ready for those after it."""
         self._learning = asyncio.get_running_loop().create_future()
         self._tries_left -= 1
@@ -127,7 +133,7 @@ class WarmLauncher:
             if modules is None:
                 self._learnt()
         if modules is not None:
-            self._do_later(self._warm_up(modules, self._own_variables(job)))
+            self._do_later(self._warm_up(modules, self._may_differ(env)))
         elif self._tries_left == 0:
             _log.warning(
                 "agent %s: no run exited normally, so its libraries are not known and each run "
@@ -136,21 +142,29 @@ class WarmLauncher:
             )
         return result
 
-    async def _look_for_more(self, server: ForkServer, job: Job, timeout_s: float) -> AgentResult:
-        """Run a job; what it has to import itself those after it will find."""
+    async def _look_for_more(
+        self, server: ForkServer, job: Job, env: Mapping[str, str], timeout_s: float
+    ) -> AgentResult:
+        """Run a job; what it and another had to import themselves, those after them will find."""
         self._reports_left -= 1
         result, modules = await server.learn(job, timeout_s, self._config.max_output_bytes)
+        self._imported.update(modules or [])
         known = self._modules or []
-        more = set(modules or []).difference(known)
-        new = [m for m in modules or [] if m in more and not _under(m, self._left_out)]
+        there = set(known)
+        new = [
+            module
+            for module, times in self._imported.items()
+            if times > 1 and module not in there and not _under(module, self._left_out)
+        ]
         if new and self._more_rounds_left > 0 and not self._more_coming and not self._closed:
             self._more_rounds_left -= 1
             self._more_coming = True
-            self._do_later(self._warm_up([*known, *new], self._own_variables(job), more=True))
+            self._do_later(self._warm_up([*known, *new], self._may_differ(env), frozenset(new)))
         return result
 
-    def _own_variables(self, job: Job) -> frozenset[str]:
-        return frozenset(k for k, v in job.env.items() if self._base_env.get(k) != v)
+    def _may_differ(self, env: Mapping[str, str]) -> frozenset[str]:
+        """The variables that any attempt may set."""
+        return self._watched | self._attempts.own_names(env)
 
     async def close(self) -> None:
         """See `Launcher.close`."""
@@ -213,16 +227,17 @@ class WarmLauncher:
         )
 
     async def _warm_up(
-        self, modules: list[str], watched: frozenset[str], more: bool = False
+        self, modules: list[str], watched: frozenset[str], more: frozenset[str] = frozenset()
     ) -> None:
         """Replace the zygote by one that has imported the modules, as far as they can be shared.
 
-        Without one, starts are cold; or, where there are `more` than were learnt, as they were.
+        Without one, starts are cold; or, where the last of them are `more` than were learnt before,
+        as they were.
         """
         try:
-            reason = await self._replace(modules, watched)
+            reason = await self._replace(modules, watched, more)
             if reason and more:
-                self._more_rounds_left = 0
+                self._more_rounds_left = self._reports_left = 0
                 _log.info("agent %s: its libraries stay as learnt: %s", self._config.name, reason)
             elif reason:
                 self._give_up(reason)
@@ -230,7 +245,9 @@ class WarmLauncher:
             self._more_coming = False
             self._learnt()
 
-    async def _replace(self, modules: list[str], watched: frozenset[str]) -> str:
+    async def _replace(
+        self, modules: list[str], watched: frozenset[str], more: frozenset[str]
+    ) -> str:
         """Why the modules cannot be shared; empty where they are, and the zygote is replaced."""
         left_out = set(self._left_out)
         for _ in range(PRELOAD_ROUNDS):
@@ -240,34 +257,56 @@ class WarmLauncher:
                 ready = await server.start()
             except InfrastructureError as error:
                 return str(error)
-            if ready.threads == 1 and not ready.tainted:
+            # Not every run imports those, and so not every run prints what they print.
+            unlike = more.intersection(ready.printed)
+            if ready.threads == 1 and not ready.tainted and not unlike:
                 for module, reason in ready.failed.items():
                     _log.info("agent %s: not preloaded: %s", module, reason)
                 self._left_out = left_out | set(ready.failed)
-                self._adopt(server, wanted, watched)
+                await self._adopt(server, wanted, watched)
                 return ""
             await server.close()
             if ready.threads > 1:
                 return f"its libraries run {ready.threads - 1} threads from their import on"
-            left_out.update(ready.tainted)
-            _log.info("agent %s: left to each run: %s", self._config.name, ready.tainted)
+            left_out.update(ready.tainted, unlike)
+            names = sorted({*ready.tainted, *unlike})
+            _log.info("agent %s: left to each run: %s", self._config.name, names)
         return "its libraries depend on the attempt when they are imported"
 
-    def _adopt(self, server: ForkServer, modules: list[str], watched: frozenset[str]) -> None:
-        old, self._server = self._server, server
+    async def _adopt(self, server: ForkServer, modules: list[str], watched: frozenset[str]) -> None:
+        try:
+            # Not while a dead one is being replaced: one of the two would be forgotten.
+            async with self._starting:
+                old, self._server = self._server, server
+        except asyncio.CancelledError:
+            await server.close()
+            raise
         self._modules, self._watched = modules, watched
         self._reports_left = REPORTS if self._more_rounds_left > 0 else 0
+        self._imported.clear()
         if old is not None:
-            self._do_later(old.close(kill=False))
+            self._do_later(_retire(old))
 
     def _give_up(self, reason: str) -> None:
         self.cold_reason = reason
         _log.warning("agent %s is started cold: %s", self._config.name, reason)
 
     def _do_later(self, work: Coroutine[None, None, None]) -> None:
+        if self._closed:
+            work.close()
+            return
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+async def _retire(server: ForkServer) -> None:
+    """End a zygote once its runs have ended; when that is not to be waited for, with them."""
+    try:
+        await server.close(kill=False)
+    except asyncio.CancelledError:
+        await server.close()
+        raise
 
 
 def _under(module: str, packages: set[str]) -> bool:

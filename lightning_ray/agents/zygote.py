@@ -113,6 +113,7 @@ class Zygote:
             "event": "ready",
             "failed": failed,
             "tainted": sorted(self._libraries.tainted),
+            "printed": sorted(self._libraries.printed),
             "threads": max(threading.active_count(), self._threads_lost_by_forking()),
         }
         # Nothing imported so far is ever collected again: a collection would touch, and so copy,
@@ -394,5 +395,5 @@ if __name__ == "__main__":
         _ending.code = child.exit_code(error)
         raise
     except BaseException:
-        child.hide_own_frames(globals(), _ending)
+        child.hide_own_frames([globals(), certificates.own_frames()], _ending)
         raise

@@ -96,22 +96,28 @@ def read_script(path: str) -> bytes:
         sys.exit(2)
 
 
-def hide_own_frames(own: dict[str, Any], ending: Ending) -> None:
+def hide_own_frames(own: list[dict[str, Any]], ending: Ending) -> None:
     """Have the exception that is about to end the program printed without our own frames.
 
     It goes on to the interpreter's top level, which prints it, runs the exit handlers and picks
     the exit status, exactly as without us.
 
     Args:
-        own: The globals of the file whose frames stand above the agent's.
+        own: The globals of our files whose frames stand above the agent's, or below them.
     """
     hook = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.excepthook = hook
-        while trace is not None and trace.tb_frame.f_globals is own:
-            trace = trace.tb_next
-        error.__traceback__ = sys.last_traceback = trace
+        seen: set[int] = set()
+        others: list[BaseException | None] = [error]
+        while others:
+            other = others.pop()
+            if other is not None and id(other) not in seen:
+                seen.add(id(other))
+                others += [other.__cause__, other.__context__]
+                other.__traceback__ = _without(other.__traceback__, own)
+        trace = sys.last_traceback = error.__traceback__
         hook(kind, error, trace)
         forget_file()
         # An interrupt ends the process by its signal, which is the interpreter's to do.
@@ -119,6 +125,18 @@ def hide_own_frames(own: dict[str, Any], ending: Ending) -> None:
             ending.code = 1
 
     sys.excepthook = show
+
+
+def _without(trace: TracebackType | None, own: list[dict[str, Any]]) -> TracebackType | None:
+    """A traceback without the frames of some files."""
+    kept: list[TracebackType] = []
+    while trace is not None:
+        if not any(trace.tb_frame.f_globals is those for those in own):
+            kept.append(trace)
+        trace = trace.tb_next
+    for one, following in zip(kept, [*kept[1:], None]):  # noqa: B905 - not in Python 3.9
+        one.tb_next = following
+    return kept[0] if kept else None
 
 
 def forget_file() -> None:

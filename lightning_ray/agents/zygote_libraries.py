@@ -12,9 +12,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import sys
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Callable, Iterator  # noqa: UP035
+
+REPORT_WAIT_S = 2.0
+"""How long a report waits for its reader, seconds."""
 
 
 class _WatchedEnviron(type(os.environ)):  # type: ignore[misc]
@@ -66,6 +71,8 @@ class Libraries:
         self._printed: list[tuple[int, bytes]] = []
         self.tainted: set[str] = set()
         """Modules that were imported and must not be shared."""
+        self.printed: set[str] = set()
+        """Modules whose import printed something, which each child prints again."""
 
     def preload(self, names: list[str], watched: frozenset[str]) -> dict[str, str]:
         """Import modules, in this order.
@@ -82,11 +89,17 @@ class Libraries:
         _WatchedEnviron.watched = watched
         _WatchedEnviron.readers = self.tainted
         os.environ.__class__ = _WatchedEnviron
+        said = 0
         for name in names:
             try:
                 importlib.import_module(name)
             except Exception as error:  # noqa: BLE001 - a library may raise anything; it is reported
                 failed[name] = f"{type(error).__name__}: {error}"
+            sys.stdout.flush()
+            sys.stderr.flush()
+            before, said = said, sum(os.fstat(held).st_size for _, _, held in memory)
+            if said > before:
+                self.printed.add(name)
         os.environ.__class__ = plain
         self._restore_output(memory)
         for name, module in list(sys.modules.items()):
@@ -113,8 +126,8 @@ class Libraries:
             if os.getpid() != pid or os.getppid() != parent:
                 return
             try:
-                report = os.open(f"/proc/{parent}/fd/{fd}", os.O_WRONLY)
-            except OSError:
+                report = os.open(f"/proc/{parent}/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK)
+            except Exception:  # noqa: BLE001 - what the agent forbids itself may raise anything
                 return
             names = []
             for name, module in list(sys.modules.items()):
@@ -122,7 +135,8 @@ class Libraries:
                 if origin is not None and self._is_library(origin):
                     names.append(name)
             rest = json.dumps(names).encode()
-            while rest:
+            # Whoever does not read is not waited for: a report that is cut off is none.
+            while rest and select.select([], [report], [], REPORT_WAIT_S)[1]:
                 rest = rest[os.write(report, rest) :]
             os.close(report)
 
@@ -162,7 +176,10 @@ class Libraries:
 
 def _origin(name: str, module: object) -> str | None:
     """The real path of the file that a module came from; None where it came from no file."""
-    spec = getattr(module, "__dict__", {}).get("__spec__")
+    # A module that loads itself when it is looked at is not looked at.
+    if not issubclass(type(module), ModuleType):
+        return None
+    spec = object.__getattribute__(module, "__dict__").get("__spec__")
     if not isinstance(spec, ModuleSpec) or spec.name != name:
         return None
     if not spec.has_location or not isinstance(spec.origin, str):

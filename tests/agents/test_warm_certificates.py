@@ -3,15 +3,17 @@
 import datetime
 import ipaddress
 import json
+import re
 import ssl
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import certifi
 import pytest
-from agents_support import both, visible
+from agents_support import ATTEMPT, both, visible, warmed, with_launcher
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -63,8 +65,19 @@ def read():
 before = read()
 client = httpx.Client()
 made = read() - before
-client._transport._pool._ssl_context.cert_store_stats()
-print(json.dumps([made, read() - before]))
+print(json.dumps([made, client._transport._pool._ssl_context.cert_store_stats()]))
+"""
+
+UNCAUGHT = """
+import ssl, sys
+
+def trust(path):
+    return ssl.create_default_context(cafile=path)
+
+try:
+    trust("missing")
+except OSError as error:
+    raise RuntimeError("no authority") from error
 """
 
 CONNECTIONS = """
@@ -151,10 +164,48 @@ def test_what_a_context_trusts_is_the_same(agent, tmp_path, authority):
 def test_a_client_that_speaks_to_nobody_reads_no_certificates(agent):
     ((cold, warm),) = both(agent(BYTES_READ), [Task("1", {})])
     size = Path(certifi.where()).stat().st_size
-    assert json.loads(cold.stdout)[0] > size / 2
-    made, asked = json.loads(warm.stdout)
-    assert made < size / 10
-    assert asked > size / 2
+    (read, trusted), (read_warm, trusted_warm) = json.loads(cold.stdout), json.loads(warm.stdout)
+    assert read > size / 2 > 0 and read_warm < size / 10
+    assert trusted_warm == trusted and trusted["x509"] > 50
+
+
+def test_a_bundle_that_changes_before_it_is_needed_is_trusted_as_it_was(agent, authority):
+    source = """
+import os, ssl, sys
+what, bundle, other = sys.argv[1:]
+before = ssl.create_default_context(cafile=bundle)
+if what == "go":
+    with open(bundle, "a") as file:
+        file.write(open(other).read())
+    after = ssl.create_default_context(cafile=bundle)
+    os.unlink(bundle)
+    print(before.cert_store_stats(), after.cert_store_stats())
+"""
+    words = ["{what}", "bundle.pem", str(authority)]
+    config = agent(source, *words, env={"SSL_CERT_FILE": "bundle.pem"})
+    bundle = Path(config.cwd) / "bundle.pem"
+
+    async def run(launcher):
+        return await launcher.run(Task("1", {"what": "go"}), ATTEMPT, 30)
+
+    async def warm(launcher):
+        await warmed(launcher, Task("1", {"what": "learn"}), ATTEMPT)
+        return await run(launcher)
+
+    bundle.write_bytes(Path(certifi.where()).read_bytes())
+    expected = with_launcher(replace(config, warm_start=False), run)
+    assert expected.exit_code == 0, expected.stderr
+    bundle.write_bytes(Path(certifi.where()).read_bytes())
+    result = with_launcher(config, warm)
+    assert result.warm and visible(result) == visible(expected)
+    counts = re.findall(r"'x509': (\d+)", result.stdout)
+    assert int(counts[1]) == int(counts[0]) + 1
+
+
+def test_a_traceback_shows_the_agents_frames_and_pythons(agent):
+    ((cold, warm),) = both(agent(UNCAUGHT), [Task("1", {})])
+    assert cold.exit_code == 1 and "RuntimeError: no authority" in cold.stderr
+    assert visible(warm) == visible(cold)
 
 
 def test_connections_are_trusted_and_refused_alike(agent, authority, secure_server):

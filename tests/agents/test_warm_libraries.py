@@ -135,16 +135,18 @@ import shared, own
 print(shared.VALUE)
 if sys.argv[1] == "more":
     import another
+if sys.argv[1] == "chat":
+    import chatty, quiet
 """
-    files = {"shared": "VALUE = 1\n", "another": ""}
+    files = {"shared": "VALUE = 1\n", "another": "", "chatty": "print('hello')\n", "quiet": ""}
     config = library(agent, source, **files)
     config = replace(config, command=["python", "agent.py", "{what}"])
     (Path(config.cwd) / "own.py").write_text("")
 
-    async def learns(launcher, what, module):
+    async def learns(launcher, what, module, says="1\n"):
         for number in range(60):
             result = await launcher.run(Task("1", {"what": what}), attempt(number), 30)
-            assert (result.exit_code, result.stdout) == (0, "1\n") and result.warm
+            assert (result.exit_code, result.stdout) == (0, says) and result.warm
             if module in launcher.preloaded:
                 return result
             await asyncio.sleep(0.1)
@@ -155,9 +157,13 @@ if sys.argv[1] == "more":
         assert first.exit_code == 1 and "shared" not in launcher.preloaded
         await learns(launcher, "go", "shared")
         await learns(launcher, "more", "another")
+        # One that prints when it is imported is left to the runs that do.
+        await learns(launcher, "chat", "quiet", says="1\nhello\n")
+        result = await launcher.run(Task("1", {"what": "go"}), attempt(1), 30)
+        assert (result.stdout, result.warm) == ("1\n", True)
         return launcher.preloaded
 
-    assert "own" not in with_launcher(config, use)
+    assert not {"own", "chatty"} & set(with_launcher(config, use))
 
 
 def test_a_library_of_later_runs_that_cannot_be_shared_is_left_to_them(agent):
