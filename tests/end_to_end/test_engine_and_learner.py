@@ -281,7 +281,10 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
 
 @pytest.mark.parametrize(
     "way",
-    [Way.shared_memory, Way.object_store, pytest.param(Way.disk, marks=pytest.mark.slow)],
+    [
+        Way.shared_memory,
+        *(pytest.param(way, marks=pytest.mark.slow) for way in (Way.object_store, Way.disk)),
+    ],
 )
 def test_weights_arrive_by_every_way_as_they_were_sent(stack, tmp_path, way):
     """The engine's logprobs are then the learner's; the folder comes, with the same weights."""

@@ -29,7 +29,7 @@ from lightning_ray.training.order import TaskOrder
 pytestmark = pytest.mark.timeout(1500)
 
 # With 8 samples of a task it is all but certain that every step has something to learn.
-STEPS, TASKS, GROUP = 4, 4, 8
+STEPS, TASKS, GROUP = 4, 3, 8
 TRAIN_FILE = "examples/calculator/train.jsonl"
 
 CRASHING = """
