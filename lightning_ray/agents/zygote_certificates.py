@@ -63,15 +63,16 @@ class _Late:
     """Bundles that contexts have been told to trust and have not taken in yet."""
 
     def __init__(self, ssl: ModuleType, known: dict[str, _Bundle]) -> None:
-        from weakref import WeakKeyDictionary
+        from weakref import WeakKeyDictionary, WeakSet
 
         self._context_type: Any = ssl.SSLContext
         self._client = ssl.PROTOCOL_TLS_CLIENT
         self._known = known
         self._load: Callable[..., None] = self._context_type.load_verify_locations
-        # For each context the paths in the order of asking; True once it has begun a connection.
+        # For each context what it is still to take in, by path, in the order of asking.
         self._due: WeakKeyDictionary[Any, dict[str, bytes]] = WeakKeyDictionary()
-        self._begun: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        # Contexts that have begun a connection.
+        self._begun: WeakSet[Any] = WeakSet()
         self._new_lock()
 
     def install(self) -> None:
@@ -98,7 +99,7 @@ class _Late:
     def reached(self, context: Any, begins: bool) -> None:
         """A method of a context is about to be called."""
         if begins and type(context) is self._context_type:
-            self._begun[context] = True
+            self._begun.add(context)
         self._catch_up(context)
 
     def _new_lock(self) -> None:

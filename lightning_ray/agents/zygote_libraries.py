@@ -9,6 +9,7 @@ Standard library only, and nothing newer than Python 3.9: the agent's interprete
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,8 +19,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Callable, Iterator  # noqa: UP035
 
-REPORT_WAIT_S = 2.0
-"""How long a report waits for its reader, seconds."""
+REPORT_WAIT_MS = 2000
+"""How long a report waits for its reader."""
 
 
 class _WatchedEnviron(type(os.environ)):  # type: ignore[misc]
@@ -135,9 +136,12 @@ class Libraries:
                 if origin is not None and self._is_library(origin):
                     names.append(name)
             rest = json.dumps(names).encode()
-            # Whoever does not read is not waited for: a report that is cut off is none.
-            while rest and select.select([], [report], [], REPORT_WAIT_S)[1]:
-                rest = rest[os.write(report, rest) :]
+            ready = select.poll()
+            ready.register(report, select.POLLOUT)
+            # Nobody who does not read is waited for: a report that is cut off is none.
+            with contextlib.suppress(OSError):
+                while rest and ready.poll(REPORT_WAIT_MS):
+                    rest = rest[os.write(report, rest) :]
             os.close(report)
 
         return tell
