@@ -63,13 +63,14 @@ class JobServer:
             ) from error
         self._client.max_upload_mib = config.max_upload_mib
 
-    def submit(self, submission: Submission) -> None:
+    def submit(self, submission: Submission, say: Callable[[str], None]) -> None:
         """Sends the working directory and the job, once the cluster has an agent that starts jobs.
 
         Raises UserError when it is not taken, InfrastructureError when there is no agent for
-        `AGENT_WAIT_S`.
+        `AGENT_WAIT_S`; that it waits for one it says once, through `say`.
         """
         deadline = time.monotonic() + AGENT_WAIT_S
+        waits = False
         while True:
             try:
                 return self._submit(submission)
@@ -81,6 +82,12 @@ class JobServer:
                         f"{AGENT_WAIT_S:.0f} s; see whether its port was taken there "
                         "(`ray start --dashboard-agent-listen-port=PORT`)"
                     ) from error
+            if not waits:
+                say(
+                    f"{self.url} has no agent for jobs yet; waiting for one up to "
+                    f"{AGENT_WAIT_S:.0f} s"
+                )
+                waits = True
             time.sleep(LOOK_EVERY_S)
 
     def _submit(self, submission: Submission) -> None:

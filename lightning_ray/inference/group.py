@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.engine import EngineState, InferenceEngine
-from lightning_ray.inference.lifeline import LIFELINE, SPIN
+from lightning_ray.inference.lifeline import BLOCK_TOKENS, LIFELINE, SPIN
 from lightning_ray.policies.handover import Handed
 from lightning_ray.spans import SpanClient
 
@@ -304,6 +304,7 @@ def engine_environment(config: InferenceConfig) -> dict[str, str]:
     if config.num_gpus == 0:
         # Whatever spins there takes a core from what computes.
         found[SPIN] = "0.0005"
+        found[BLOCK_TOKENS] = "16"
     return found
 
 

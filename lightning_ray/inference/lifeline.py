@@ -1,10 +1,12 @@
-"""What vLLM's own processes are taught: to end with the engine's actor, and to wait asleep.
+"""What vLLM's own processes are taught: to end with the engine's actor, to wait asleep, and to keep
+short blocks.
 
 vLLM runs its core and its workers in child processes. When Ray kills the actor, they would be left
 behind. And they wait for each other awake: for a second after every message, which on a processor
 is always, each spins on a shared counter, and takes from the agents (or from the forward pass
 itself) the core that they need. vLLM loads this plugin (entry point `vllm.general_plugins`) in each
-of them.
+of them. And of a prompt that was read before they keep whole blocks only, on a processor of no less
+than 32 tokens, which of short prompts is half.
 """
 
 import ctypes
@@ -18,6 +20,10 @@ LIFELINE = "LIGHTNING_RAY_LIFELINE"
 SPIN = "LIGHTNING_RAY_SPIN_S"
 """Set to how long such a process waits awake, seconds, where vLLM's own second is too long."""
 
+BLOCK_TOKENS = "LIGHTNING_RAY_BLOCK_TOKENS"
+"""Set to what the blocks of a processor's cache may be multiples of, tokens, where vLLM's own 32 is
+too much."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -26,6 +32,8 @@ def teach() -> None:
     tie()
     if SPIN in os.environ:
         wait_asleep(float(os.environ[SPIN]))
+    if BLOCK_TOKENS in os.environ:
+        keep_blocks_of(int(os.environ[BLOCK_TOKENS]))
 
 
 def wait_asleep(spin_s: float) -> None:
@@ -37,6 +45,21 @@ def wait_asleep(spin_s: float) -> None:
 
     # Of `busy_loop_s`, its one parameter with a default, which nobody passes.
     SpinCondition.__init__.__defaults__ = (spin_s,)
+
+
+def keep_blocks_of(tokens: int) -> None:
+    """The keys and values of a processor are kept in blocks of a multiple of `tokens`, 16 or 32.
+
+    vLLM has kernels for both (`vec16` and `vec`, among which it chooses by the size of the blocks)
+    and lists the sizes of the second alone.
+    """
+    from vllm.v1.attention.backend import MultipleOf
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    def supported(kv_cache_spec: object = None) -> list[int | MultipleOf]:
+        return [MultipleOf(tokens)]
+
+    CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(supported)
 
 
 def tie() -> None:

@@ -73,7 +73,7 @@ def _submit(command: str, arguments: Sequence[str]) -> None:
 
     submission = make_submission(config, words)
     server = JobServer(config)
-    server.submit(submission)
+    server.submit(submission, lambda line: print(line, file=sys.stderr))
     at = "" if config.address == "auto" else f" cluster.address={server.url}"
     print(f"submitted {submission.job} to {server.url}")
     print(f"  runs there: {submission.entrypoint.removeprefix('exec ')}")

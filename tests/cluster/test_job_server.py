@@ -62,8 +62,10 @@ def without_agent() -> Iterator[Callable[[int], tuple[JobServer, list[str]]]]:
 def test_a_job_is_sent_again_until_the_cluster_can_start_jobs(without_agent, monkeypatch):
     monkeypatch.setattr(job_server, "LOOK_EVERY_S", 0.01)
     server, sent = without_agent(3)
-    server.submit(JOB)
+    said: list[str] = []
+    server.submit(JOB, said.append)
     assert sent == ["train-1"] * 4
+    assert len(said) == 1 and "no agent for jobs yet" in said[0]
 
 
 def test_a_cluster_that_never_can_is_said_so(without_agent, monkeypatch):
@@ -71,5 +73,5 @@ def test_a_cluster_that_never_can_is_said_so(without_agent, monkeypatch):
     monkeypatch.setattr(job_server, "AGENT_WAIT_S", 0.1)
     server, sent = without_agent(10**6)
     with pytest.raises(InfrastructureError, match=r"no agent for jobs for 0 s.*agent-listen-port"):
-        server.submit(JOB)
+        server.submit(JOB, print)
     assert len(sent) > 1

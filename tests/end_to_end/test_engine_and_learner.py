@@ -136,7 +136,7 @@ def test_a_second_turn_stores_only_what_it_adds(stack):
 
 
 def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(stack, tmp_path):
-    before = stack.sample("before", 32)
+    before = stack.sample("before", 16)
     agreed = stack.difference(before)
     print(f"mean absolute difference: {agreed:.4f} at version 0")
     assert agreed <= AGREED
@@ -154,7 +154,7 @@ def test_engine_and_learner_agree_and_after_an_update_on_the_new_weights_only(st
 
     folder = stack.learner.publish(tmp_path / "version-1", 120)
     stack.shared.take_on(folder)
-    after = stack.sample("after", 32)
+    after = stack.sample("after", 16)
     assert {v for row in after["versions"].to_pylist() for v in row} == {-1, stack.shared.version}
     renewed = stack.difference(after)
     print(f"{renewed:.4f} at version 1")
@@ -228,7 +228,7 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
         models[1].model.layers[0].mlp.down_proj.weight.mul_(0.8)
     models[1].save_pretrained(folder)
     before = stack.shared.version
-    body = {**question(3), "max_tokens": 160, "ignore_eos": True, "n": 2}
+    body = {**question(3), "max_tokens": 80, "ignore_eos": True, "n": 2}
     abandoned = {**body, "max_tokens": 400, "stream": True, "n": 1}
 
     async def both() -> tuple[int, float]:
@@ -239,12 +239,12 @@ def test_a_call_stands_still_while_the_weights_change_and_each_token_has_its_ver
                 "POST", url, headers=stack.headers("amid-left"), json=abandoned
             ) as reply:
                 lines = reply.aiter_lines()
-                for _ in range(20):
+                for _ in range(10):
                     await anext(lines)
                 begun = time.monotonic()
                 await asyncio.to_thread(stack.shared.take_on, folder)
                 seconds = time.monotonic() - begun
-                for _ in range(60):
+                for _ in range(20):
                     await anext(lines)
             return (await call).status_code, seconds
 
@@ -300,7 +300,7 @@ def test_weights_arrive_by_every_way_as_they_were_sent(stack, tmp_path, way):
         str(folder), version, handed=handed, by_store=way is Way.object_store
     )
     stack.shared.version = version
-    agreed = stack.difference(stack.sample(f"arrived-{way}", 32))
+    agreed = stack.difference(stack.sample(f"arrived-{way}", 12))
     print(f"{way}: {agreed:.4f}")
     assert agreed <= AGREED
     stack.learner.settle(120)
@@ -335,7 +335,7 @@ def test_of_additions_only_the_factors_arrive(stack, tmp_path):
                 str(folder), version, handed=handed, by_store=way is Way.object_store
             )
             stack.shared.version = version
-            sample = stack.sample(f"with-{way}", 32)
+            sample = stack.sample(f"with-{way}", 12)
             agreed, apart = stack.difference(sample, learner), stack.difference(sample)
             print(f"{way}: {agreed:.4f} from the learner, {apart:.4f} from another")
             assert agreed <= AGREED < apart
@@ -343,7 +343,7 @@ def test_of_additions_only_the_factors_arrive(stack, tmp_path):
             assert handed.nbytes < (folder / "model.safetensors").stat().st_size / 20
         # Read from the folder they are the same.
         stack.shared.take_on(folder)
-        assert stack.difference(stack.sample("from-folder", 32), learner) <= AGREED
+        assert stack.difference(stack.sample("from-folder", 12), learner) <= AGREED
     finally:
         learner.stop()
         stack.shared.take_on(stack.shared.base)

@@ -65,6 +65,7 @@ def test_a_database(tmp_path):
     _check(default_uri(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_server(tmp_path):
     open_client(default_uri(tmp_path))
     with socket.socket() as probe:

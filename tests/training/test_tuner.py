@@ -30,7 +30,7 @@ def samples() -> Samples:
     ]
     table = to_table(rows)
     table = with_advantages(table, dict.fromkeys(table["attempt_id"].to_pylist(), 1.0))
-    counts = Counts(COUNT, COUNT, 0, 0, 0, 0, 0, COUNT, COUNT * TOKENS)
+    counts = Counts(COUNT, COUNT, 0, 0, 0, 0, 0, 0, COUNT, COUNT * TOKENS)
     return Samples(table, counts, ("earlier",), "digest")
 
 
