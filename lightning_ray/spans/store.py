@@ -41,6 +41,9 @@ _REMEMBERED = 1 << 14
 """Attempts whose last sequence number is kept in memory; of others it is read from the disk."""
 KEEP_EVERY_S = 5.0
 """How often it is looked whether there is something to seal, seconds."""
+CLOSE_S = 5.0
+"""Longest that closing waits for the segment that is being sealed, seconds: an archive may be
+silent for longer."""
 NAMES = ["attempt_id", "span_id"]
 INDEXED = ["rollout_id", *NAMES]
 _HEARD = 1 << 14
@@ -180,14 +183,26 @@ class SpanStore:
         return os.getpid()
 
     async def close(self) -> None:
-        """Waits for what is being written and closes the segment; later appends are refused."""
+        """Waits for what is being written and closes the segment; later appends are refused.
+
+        The segment that is being sealed is waited for too, `CLOSE_S` at most; whatever is not
+        sealed then is by whoever opens the store next.
+        """
         self._closed = True
         while self._flushing is not None and not self._flushing.done():
             await self._flushing
+        try:
+            async with asyncio.timeout(CLOSE_S), self._tending:
+                await self._stop_keeping()
+        except TimeoutError:
+            log.warning("%s closes while a segment is still being sealed", self._folder)
+            await self._stop_keeping()
+        self._segments.close()
+
+    async def _stop_keeping(self) -> None:
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
-        self._segments.close()
 
     async def seal(self) -> int:
         """Closes the open segment and seals what is closed; how many segments were sealed.
@@ -233,15 +248,21 @@ class SpanStore:
                 raise InfrastructureError(f"spans could not be removed: {error}") from error
 
     def _tend(self) -> int:
-        """Seals what is closed, gives up and removes the rest; how many segments were sealed."""
-        waiting = self._sealed.waiting()
-        for number in waiting:
+        """Seals what is closed, gives up and removes the rest; how many segments were sealed.
+
+        Once the store is closed it leaves what it has not begun.
+        """
+        sealed = 0
+        for number in self._sealed.waiting():
+            if self._closed:
+                return sealed
             self._sealed.seal(number)
+            sealed += 1
         self._sealed.give_up()
         self._sealed.retain(time.time_ns())
-        if waiting:
+        if sealed:
             _trim_memory()
-        return len(waiting)
+        return sealed
 
     async def _flush(self) -> None:
         while self._pending:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +116,64 @@ def test_an_old_segment_is_closed_and_sealed_by_itself(tmp_path: Path) -> None:
         await store.close()
 
     asyncio.run(run())
+
+
+def test_nothing_is_written_after_closing(tmp_path: Path) -> None:
+    """The segment that is being sealed is waited for, and no other is begun."""
+    sealing, done = 0, 0
+
+    async def run() -> None:
+        store = SpanStore(str(tmp_path), SpansConfig(segment_bytes=1, seal_after_s=1000.0))
+        for number in range(4):
+            await store.append(batch(f"{number}"))
+        await store.close()
+        store = SpanStore(str(tmp_path), SpansConfig(seal_after_s=0.05))
+        seal = store._sealed.seal
+
+        def slowly(number: int) -> None:
+            nonlocal sealing, done
+            sealing += 1
+            time.sleep(0.5)
+            seal(number)
+            done += 1
+
+        store._sealed.seal = slowly  # type: ignore[method-assign]
+        await store.append(batch("last"))
+        async with asyncio.timeout(20):
+            while not sealing:
+                await asyncio.sleep(0.01)
+        await store.close()
+        assert (sealing, done) == (1, 1)
+
+    asyncio.run(run())
+    assert len(read_manifests(tmp_path)) == 1
+    assert stored_ids(tmp_path) == ["0", "1", "2", "3", "last"]
+
+
+def test_a_segment_that_takes_too_long_to_seal_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lightning_ray.spans.store.CLOSE_S", 0.2)
+    silent, begun = threading.Event(), threading.Event()
+
+    async def run() -> None:
+        store = SpanStore(str(tmp_path), SpansConfig(seal_after_s=0.05))
+
+        def never(number: int) -> None:
+            begun.set()
+            silent.wait(20)
+
+        store._sealed.seal = never  # type: ignore[method-assign]
+        await store.append(batch("a"))
+        assert await asyncio.to_thread(begun.wait, 20)
+        async with asyncio.timeout(5):
+            await store.close()
+        silent.set()
+
+    asyncio.run(run())
+    assert "closes while a segment is still being sealed" in caplog.text
+    # Whoever opens it next seals it.
+    assert asyncio.run(SpanStore(str(tmp_path), SpansConfig()).seal()) == 1
 
 
 def test_an_archive_that_refuses_loses_nothing(tmp_path: Path) -> None:
