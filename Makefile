@@ -38,7 +38,7 @@ test-all: setup
 
 test-frameworks: setup
 	@$(VENV)/bin/python examples/frameworks/environments.py $(FRAMEWORKS)
-	@FRAMEWORKS="$(FRAMEWORKS)" $(VENV)/bin/python -m pytest tests/frameworks $(ARGS)
+	@FRAMEWORKS="$(FRAMEWORKS)" $(VENV)/bin/python -m pytest tests/frameworks -m frameworks $(ARGS)
 
 bench-spans: setup
 	@$(VENV)/bin/python -m benchmarks.spans $(ARGS)

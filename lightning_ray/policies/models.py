@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from lightning_ray.cache import cache_root
 from lightning_ray.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,6 @@ EMBEDDED = "embedded"
 EMBEDDED_FOLDER = "smollm2-135m-instruct"
 EMBEDDED_BYTES = 300_000_000
 """Disk that converting the embedded model takes, bytes (269 MB of weights and the tokenizer)."""
-
-
-def cache_root() -> Path:
-    """The folder for converted models: LIGHTNING_RAY_CACHE, or ~/.cache/lightning-ray."""
-    named = os.environ.get("LIGHTNING_RAY_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "lightning-ray"
 
 
 def resolve_model(name: str) -> Path:

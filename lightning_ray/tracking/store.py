@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from lightning_ray.errors import UserError
+from lightning_ray.tracking.tables import give_tables
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,7 +52,8 @@ def without_password(text: str) -> str:
 def open_client(uri: str) -> "MlflowClient":
     """A client for the runs and the registry at `uri`; a database gets its tables at first use.
 
-    Creating the tables of a new sqlite file takes about 2 s; opening an existing one, a few ms.
+    The tables of a new sqlite file are copied (`tables.py`); of another new database MLflow makes
+    them, which takes seconds.
 
     Raises:
         UserError: the URI is of no kind that MLflow keeps both runs and versions in, the store
@@ -66,11 +68,14 @@ def open_client(uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
+        file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"tracking.uri: cannot make the folder {folder}: {error}") from error
+            raise UserError(
+                f"tracking.uri: cannot make the folder {file.parent}: {error}"
+            ) from error
+        give_tables(file)
 
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
