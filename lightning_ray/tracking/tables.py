@@ -26,11 +26,14 @@ def give_tables(file: Path) -> None:
     """
     if file.exists():
         return
+    # Imported late: it takes a while, and a file that is there needs none of it.
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         kept = _kept()
         if kept is not None:
             _link(kept, file)
-    except (OSError, RuntimeError) as error:  # The second where nobody knows a home.
+    except (OSError, SQLAlchemyError, RuntimeError) as error:  # The last: nobody knows a home.
         log.debug("MLflow makes the tables of %s itself: %s", file, error)
 
 

@@ -4,6 +4,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from small_disk import SmallDisk
 
 from lightning_ray.tracking.store import default_uri, open_client
 from lightning_ray.tracking.tables import give_tables
@@ -55,3 +56,11 @@ def test_what_is_there_is_never_touched(tmp_path: Path) -> None:
     file.write_bytes(b"somebody's")
     give_tables(file)
     assert file.read_bytes() == b"somebody's"
+
+
+def test_a_cache_without_room_keeps_nobody_from_a_store(
+    tmp_path: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_RAY_CACHE", str(small_disk))
+    client = open_client(default_uri(tmp_path / "outputs"))
+    assert [one.name for one in client.search_experiments()] == ["Default"]
