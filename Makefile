@@ -6,6 +6,7 @@
 # make bench-spans   measures the span store beside agentlightning 0.3.0, see docs/benchmarks.md
 # make bench-learner   measures a step of the learner beside TRL's
 # make bench-step      measures whole steps of the default experiment beside TRL's trainer
+# make bench-learner-gpu   measures a step of the learner on a GPU, where PyTorch sees one
 # make bench-weights   measures handing new weights to an engine, by every way
 # make soak           trains for half an hour while something dies every minute
 # make bench-pipeline  measures asynchronous training beside synchronous
@@ -19,7 +20,7 @@ FRAMEWORKS ?=
 # Where it is set, as in many containers, every process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-step bench-weights bench-pipeline soak check format lock clean
+.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-learner-gpu bench-step bench-weights bench-pipeline soak check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -60,6 +61,9 @@ bench-pipeline: setup
 
 bench-learner: setup
 	@$(VENV)/bin/python -m benchmarks.learner $(ARGS)
+
+bench-learner-gpu: setup
+	@$(VENV)/bin/python -m benchmarks.learner_gpu $(ARGS)
 
 check: setup
 	@$(VENV)/bin/ruff format --check .

@@ -17,6 +17,7 @@ from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.gate import WeightGate
 from lightning_ray.inference.meters import EngineMeters
 from lightning_ray.inference.recorder import CallRecorder
+from lightning_ray.policies.gpu_memory import place
 from lightning_ray.policies.handover import Handed
 from lightning_ray.spans import SpanClient
 
@@ -44,6 +45,8 @@ class EngineState:
     """Tokens sampled in recorded calls since the engine started."""
     node: str
     """The node it is on, as Ray calls it."""
+    gpu: str
+    """Its node and GPU, see `gpu_memory.place`; "" without one."""
 
 
 class InferenceEngine:
@@ -125,14 +128,15 @@ class InferenceEngine:
 
         limit = self._config.update_timeout_s
         file = ""
-        if handed is not None:
+        in_gpu = handed is not None and handed.gpu is not None and handed.gpu.place == place()
+        if handed is not None and not in_gpu:
             # Before calls have to wait.
             file = await asyncio.to_thread(self._arriving.file, handed, by_store=by_store)
-        if not file:
+        if not file and not in_gpu:
             await self._written(folder)
         begun = time.monotonic()
         async with self._gate.change(version, limit, drain):
-            await vllm.load_weights(engine, folder, version, limit, file, handed)
+            await vllm.load_weights(engine, folder, version, limit, file, handed, in_gpu)
         return time.monotonic() - begun
 
     async def _written(self, folder: str) -> None:
@@ -157,6 +161,7 @@ class InferenceEngine:
             self._recorder.calls,
             self._recorder.sampled_tokens,
             str(ray.get_runtime_context().get_node_id()),
+            place(),
         )
 
     async def gone(self) -> None:

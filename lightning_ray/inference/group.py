@@ -134,15 +134,24 @@ class InferenceGroup:
 
     def nodes(self) -> set[str]:
         """The nodes that engines which answer are on, as Ray calls them."""
+        return {state.node for state in self._answering()}
+
+    def gpus(self) -> set[str]:
+        """Node and GPU of every engine that answers; "" among them for one without."""
+        return {state.gpu for state in self._answering()}
+
+    def _answering(self) -> list[EngineState]:
+        """What engines that answer say of themselves; nothing where one has just died."""
         asked = [
             e.actor.state.remote() for n, e in enumerate(self._engines) if n not in self._replacing
         ]
         try:
-            return {state.node for state in ray.get(asked, timeout=10.0)}
+            states: list[EngineState] = ray.get(asked, timeout=10.0)
+            return states
         except ray.exceptions.RayError as error:
             # One that has just died: where the others are is asked again for the next version.
             log.info("an engine did not say which node it is on: %s", error)
-            return set()
+            return []
 
     def states(self, timeout_s: float = 10.0) -> list[EngineState]:
         """What every engine says of itself."""

@@ -10,6 +10,7 @@ import os
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from dataclasses import astuple
 from typing import Any
 
 from vllm import SamplingParams
@@ -270,8 +271,11 @@ async def load_weights(
     timeout_s: float,
     file: str = "",
     handed: Handed | None = None,
+    in_gpu: bool = False,
 ) -> None:
     """Replaces the weights by those of `version` in `folder`, or in `file` if there is one.
+
+    `in_gpu` says to read what was handed over in the GPU's memory.
 
     They must be what was `handed` over, if that is known.
 
@@ -285,9 +289,11 @@ async def load_weights(
             await engine.pause_generation(mode="keep", clear_cache=True)
             # A bare load_weights would leave what a CPU computes with, packed at the start.
             what: tuple[Any, ...] = ()
-            if handed is not None and (file or not handed.base):
+            if handed is not None and (file or in_gpu or not handed.base):
                 # Of additions that are not at hand the folder has no checksum.
                 what = (handed.digest, handed.base, handed.scale)
+            if in_gpu and handed is not None and handed.gpu is not None:
+                what = (*what, astuple(handed.gpu))
             await engine.collective_rpc(
                 "replace_weights", timeout=timeout_s, args=(folder, file, *what)
             )

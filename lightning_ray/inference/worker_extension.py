@@ -3,7 +3,7 @@
 vLLM calls these by name, in its worker processes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader import get_model_loader
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.policies.additions import with_additions
+from lightning_ray.policies.gpu_memory import GpuWeights, opened
 from lightning_ray.policies.handover import Checksum
 
 
@@ -23,12 +24,19 @@ class ReplaceWeights:
     """Mixed into vLLM's worker (`worker_extension_cls`)."""
 
     def replace_weights(
-        self, folder: str, file: str = "", digest: str = "", base: str = "", scale: float = 0.0
+        self,
+        folder: str,
+        file: str = "",
+        digest: str = "",
+        base: str = "",
+        scale: float = 0.0,
+        gpu: Sequence[Any] = (),
     ) -> None:
         """Replace the weights by those in a model folder, and all that was made from them.
 
-        `file` holds the same weights in memory, where there is one: then that is read. With a
-        `base` it holds additions to the weights of that folder, to be multiplied by `scale`.
+        `file` holds the same weights in memory, where there is one: then that is read; and `gpu`,
+        the fields of a `GpuWeights`, in a GPU's memory. With a `base` either holds
+        additions to the weights of that folder, to be multiplied by `scale`.
         `digest` is the `Checksum` that what is read must have, if it is known. Raises
         InfrastructureError when it has another.
 
@@ -37,11 +45,26 @@ class ReplaceWeights:
         CPU, which multiplies by a copy packed when the model was first loaded, it would go on
         answering with the first version's (vLLM 0.32; a GPU reads the shared weights).
         """
+        if gpu:
+            with opened(GpuWeights(*gpu)) as weights:
+                self._replace(weights, folder, digest, base, scale)
+        elif file:
+            self._replace(_of_file(file), folder, digest, base, scale)
+        else:
+            self._replace(self._of_folder(folder), folder, digest, "", 0.0)
+
+    def _replace(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        folder: str,
+        digest: str,
+        base: str,
+        scale: float,
+    ) -> None:
         checksum = Checksum()
-        weights = _of_file(file) if file else self._of_folder(folder)
         if digest:
             weights = checksum.through(weights)
-        if file and base:
+        if base:
             device = next(self.get_model().parameters()).device  # type: ignore[attr-defined]
             additions = {name: tensor.to(device) for name, tensor in weights}
             weights = with_additions(self._of_folder(base), additions, scale)

@@ -72,6 +72,9 @@ class LearnerConfig:
     """Positions whose logits are alive at one time; times the vocabulary times 4 bytes."""
     activation_checkpointing: bool = False
     """Keep only layer boundaries for the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """On a GPU: compile the layers (torch.compile), which takes a minute at the first step and
+    then about halves a step's time. Not with zero_stage 3, which gathers weights layer by layer."""
     seed: int = 0
     num_threads: int = 2
     """CPU threads per rank."""
@@ -97,6 +100,8 @@ def check_learner(config: LearnerConfig) -> None:
     _one_of("lora.publish", config.lora.publish, PUBLISHED)
     _check_schedule(config)
     _check_lora(config)
+    if config.compile and config.zero_stage == 3:
+        raise UserError("learner.compile=true does not go with learner.zero_stage=3; drop one")
     for name in ("num_ranks", "tokens_per_row", "logits_chunk", "num_threads"):
         value = getattr(config, name)
         if value < 1:

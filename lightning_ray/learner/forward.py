@@ -9,17 +9,17 @@ are float32, and the matrix products bfloat16. Summed in bfloat16 over the layer
 would cost about half of the learner's rounding error.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lightning_ray.learner.head import selected_logprobs
+from lightning_ray.learner.tree_attention import filled_up, has_tree_attention, tree_blocks
 
 
 def ancestor_mask(subtree_end: Tensor) -> Tensor:
-    """bool[T, T]: [i, j] is true where node j is node i or an ancestor of it.
-
-    The same two comparisons serve as a FlexAttention `mask_mod` where the kernel supports it.
-    """
+    """bool[T, T]: [i, j] is true where node j is node i or an ancestor of it."""
     index = torch.arange(len(subtree_end), device=subtree_end.device)
     return (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
 
@@ -28,7 +28,7 @@ class PolicyModule(nn.Module):
     """A causal language model that is asked for the logprobs of given tokens at given nodes."""
 
     def __init__(self, model: nn.Module, logits_chunk: int, critic: bool = False) -> None:
-        """`model` is a transformers causal language model with its attention set to sdpa.
+        """`model` is a transformers causal language model; its attention is sdpa or `TREE`.
 
         With a `critic` the hidden states also give values; at first these are all 0.
         """
@@ -67,6 +67,12 @@ class PolicyModule(nn.Module):
         """
         base = getattr(self.model, self.model.base_model_prefix)
         head = self.model.get_output_embeddings()
+        mask: Any
+        if has_tree_attention(self.model):
+            input_ids, position_ids, subtree_end = filled_up(input_ids, position_ids, subtree_end)
+            mask = tree_blocks(subtree_end)
+        else:
+            mask = ancestor_mask(subtree_end)[None, None]
         # Layers add to the stream in the type that it begins with.
         embedded = self.model.get_input_embeddings()(input_ids[None]).float()
         narrow = head.weight.dtype == torch.bfloat16
@@ -74,10 +80,14 @@ class PolicyModule(nn.Module):
             hidden = base(
                 inputs_embeds=embedded,
                 position_ids=position_ids[None],
-                attention_mask=ancestor_mask(subtree_end)[None, None],
+                attention_mask=mask,
                 use_cache=False,
             ).last_hidden_state[0]
-        predicting = hidden.index_select(0, logit_predictor)
+        # On a GPU the backward pass of index_select adds in any order, and of an index in one.
+        by_index = hidden.is_cuda
+        predicting = (
+            hidden[logit_predictor] if by_index else hidden.index_select(0, logit_predictor)
+        )
         logprobs, entropy = selected_logprobs(
             predicting, head.weight, head.bias, logit_target, self.logits_chunk, with_entropy
         )

@@ -116,6 +116,11 @@ class LearnerGroup:
         found: str = self._get([self._workers[0].node.remote()], timeout_s, "the learner's node")[0]
         return found
 
+    def gpu(self, timeout_s: float = 30.0) -> str:
+        """The node and GPU that weights are handed over from; "" where they are not on a GPU."""
+        found: str = self._get([self._workers[0].gpu.remote()], timeout_s, "the learner's GPU")[0]
+        return found
+
     def settle(self, timeout_s: float) -> None:
         """Wait until what was handed over last lies on disk, whole.
 

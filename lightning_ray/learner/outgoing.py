@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
+from lightning_ray.policies.gpu_memory import GpuMemory
 from lightning_ray.policies.handover import Checksum, Handed, Way
 
 Whole = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -134,6 +135,7 @@ class Outgoing:
         """`base` is the folder of the model that the weights are of."""
         self._base = base
         self._memory: MemoryFile | None = None
+        self._gpu: GpuMemory | None = None
         self._writing: threading.Thread | None = None
         self._failed: Exception | None = None
         self._target = Path()
@@ -159,21 +161,24 @@ class Outgoing:
         if self._memory is None:
             self._memory = MemoryFile()
         memory = self._memory
-        digest = memory.write(tensors)
         self._target = target
+        base = "" if whole is None else str(self._base)
+        if way is Way.gpu_memory:
+            if self._gpu is None:
+                self._gpu = GpuMemory()
+            digest, there = self._gpu.write(tensors)
+            self._write_beside(memory, partial, dtype, whole, self._gpu.tensors, digest)
+            return Handed(str(target), digest, nbytes, "", _node(), (), base, scale, there)
+        digest = memory.write(tensors)
         if way is Way.disk:
             self._write(memory, partial, dtype, whole)
             return Handed(str(target), digest, nbytes)
-        self._writing = threading.Thread(
-            target=self._write_quietly, args=(memory, partial, dtype, whole), daemon=True
-        )
-        self._writing.start()
+        self._write_beside(memory, partial, dtype, whole)
         data: tuple[Any, ...] = ()
         if way is Way.object_store:
             import ray
 
             data = (ray.put(memory.bytes().numpy()),)
-        base = "" if whole is None else str(self._base)
         return Handed(str(target), digest, nbytes, memory.path, _node(), data, base, scale)
 
     def settle(self, timeout_s: float) -> None:
@@ -192,7 +197,22 @@ class Outgoing:
             failed, self._failed = self._failed, None
             raise InfrastructureError(f"{self._target} could not be written: {failed}") from failed
 
-    def _write(self, memory: MemoryFile, partial: Path, dtype: str, whole: Whole | None) -> None:
+    def _write_beside(self, *what: Any) -> None:
+        self._writing = threading.Thread(target=self._write_quietly, args=what, daemon=True)
+        self._writing.start()
+
+    def _write(
+        self,
+        memory: MemoryFile,
+        partial: Path,
+        dtype: str,
+        whole: Whole | None,
+        gpu: dict[str, Tensor] | None = None,
+        digest: str = "",
+    ) -> None:
+        """Writes what is in memory to disk; what is in a `gpu` goes into memory before."""
+        if gpu is not None and memory.write(gpu) != digest:
+            raise InfrastructureError("what came from the GPU is not what was handed over")
         if whole is None:
             memory.copy_to(partial / WEIGHTS)
         else:

@@ -52,7 +52,8 @@ class Publisher:
 
         Where it has low-rank additions, only their factors travel, but for disk.
         """
-        weights = whole_weights(self._model, self._dtype, self._first, copy=False)
+        stays = way is Way.gpu_memory
+        weights = whole_weights(self._model, self._dtype, self._first, False, not stays)
         handed = None
         if self._first:
             if way is not Way.disk and (names := self._travelling(weights)):
@@ -72,7 +73,8 @@ class Publisher:
         """All tensors of a checkpoint, with the factors as they were sent."""
         weights = weights | {here: sent[name] for here, name in names.items()}
         if self._lora.rank:
-            weights = merged_weights(weights, self._lora)
+            # Where there is room for another model, which a GPU may not have.
+            weights = merged_weights(_on_cpu(weights), self._lora)
         return checkpoint_tensors(self._model, weights)
 
     def _travelling(self, weights: dict[str, Tensor]) -> dict[str, str]:
@@ -100,10 +102,19 @@ class Publisher:
         self._outgoing.settle(timeout_s)
 
 
+def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors there; what had two names is one tensor still."""
+    moved: dict[int, Tensor] = {}
+    for value in weights.values():
+        if id(value) not in moved:
+            moved[id(value)] = value.cpu()
+    return {name: moved[id(value)] for name, value in weights.items()}
+
+
 def whole_weights(
-    model: nn.Module, dtype: torch.dtype, wanted: bool, copy: bool = True
+    model: nn.Module, dtype: torch.dtype, wanted: bool, copy: bool = True, on_cpu: bool = True
 ) -> dict[str, Tensor]:
-    """Every weight on this rank's CPU, by name; nothing where it is not `wanted`.
+    """Every weight on this rank's CPU, or where it is, by name; nothing where it is not `wanted`.
 
     Without `copy` they are the model's own where they can be, and change with it. All ranks call
     it at the same time: with ZeRO 3 each has a part of every weight.
@@ -117,7 +128,8 @@ def whole_weights(
                 own = copy or hasattr(value, "ds_id")
                 # What has two names, as a head that is the embedding, is one tensor here too.
                 if id(value) not in copied:
-                    copied[id(value)] = value.detach().to("cpu", dtype, copy=own)
+                    device = torch.device("cpu") if on_cpu else value.device
+                    copied[id(value)] = value.detach().to(device, dtype, copy=own)
                 weights[name] = copied[id(value)]
     return weights
 

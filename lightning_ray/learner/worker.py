@@ -53,6 +53,7 @@ from lightning_ray.learner.packing import (
 from lightning_ray.learner.report import StepReport, averages
 from lightning_ray.learner.reshaping import load_engine
 from lightning_ray.learner.schedule import learning_rate
+from lightning_ray.policies.gpu_memory import place
 from lightning_ray.policies.handover import Handed, Way
 from lightning_ray.trajectories.batch import list_arrays
 
@@ -96,6 +97,10 @@ class LearnerWorker:
 
         return str(ray.get_runtime_context().get_node_id())
 
+    def gpu(self) -> str:
+        """Its node and GPU, see `gpu_memory.place`; "" without one."""
+        return place() if self.config.num_gpus > 0 else ""
+
     def setup(self, host: str, port: int, dtype: str) -> None:
         """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`.
 
@@ -107,7 +112,12 @@ class LearnerWorker:
         set_environment(self.rank, self.config.num_ranks, host, port)
         import torch
 
-        cuda = torch.cuda.is_available()
+        cuda = self.config.num_gpus > 0
+        if cuda and not torch.cuda.is_available():
+            raise UserError(
+                f"learner.num_gpus={self.config.num_gpus:g}, and PyTorch sees no GPU; is it the "
+                "CPU build? Set learner.num_gpus=0 to train on the CPU"
+            )
         os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
         torch.set_num_threads(self.config.num_threads)
         import deepspeed

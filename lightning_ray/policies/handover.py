@@ -1,18 +1,20 @@
 """A version's weights on their way from the learner that made them to the engines that answer.
 
-There is one interface and there are three ways, and on each the engines check what arrived:
+There is one interface and there are four ways, and on each the engines check what arrived:
 
 - `disk`: a model folder that every node can read;
 - `shared_memory`: a file in the learner's memory (memfd) that engines on its node map: it has no
   name in any file system, takes nothing of /dev/shm, and is gone with the process;
+- `gpu_memory`: a copy in the memory of the learner's GPU that engines on the same GPU read there;
 - `object_store`: the same bytes through Ray's object store, once for each node.
 
-Of a model with low-rank additions only their factors travel on the last two; whoever takes them on
+Of a model with low-rank additions only their factors travel, but for `disk`; whoever takes them on
 adds them to the base model's weights. An engine that can read neither memory nor object store, for
-it is on another node than `shared_memory` reaches, reads the folder: of these without a checksum.
+it is on another node than `shared_memory` reaches, or on another GPU, reads the folder: of these
+without a checksum.
 
 Whatever the way, the folder is written too, with the whole model, for the registry and for engines
-that start later; on the last two that goes on while the engines answer already.
+that start later; but for `disk` that goes on while the engines answer already.
 """
 
 import hashlib
@@ -24,13 +26,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_ray.policies.gpu_memory import GpuWeights
+
 
 class Way(StrEnum):
     """How weights travel."""
 
     auto = "auto"
-    """Shared memory, and the object store where an engine is on another node than the learner."""
+    """GPU memory where every engine is on the learner's GPU, shared memory where every one is on
+    its node, and else the object store."""
     disk = "disk"
+    gpu_memory = "gpu_memory"
     shared_memory = "shared_memory"
     object_store = "object_store"
 
@@ -55,6 +61,8 @@ class Handed:
     """A model folder; then what travels are `additions` to its weights."""
     scale: float = 0.0
     """What the additions are multiplied by."""
+    gpu: "GpuWeights | None" = None
+    """The tensors in a GPU's memory."""
 
 
 class Checksum:

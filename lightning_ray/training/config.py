@@ -40,8 +40,8 @@ class TrainingConfig:
     rollouts begin when a step is done; above, they go on while the learner learns, and a group
     with older tokens is dropped."""
     weights: Way = Way.auto
-    """How new weights go from the learner to the engines: auto, disk, shared_memory or
-    object_store."""
+    """How new weights go from the learner to the engines: auto, disk, gpu_memory,
+    shared_memory or object_store."""
     checkpoint_every: int = 10
     """Steps between checkpoints of weights, optimiser and run state."""
     keep_checkpoints: int = 2

@@ -207,7 +207,10 @@ class Trainee:
         if chosen is not Way.auto:
             return chosen
         here = {self._parts.learners[self.name].node()}
-        if self._parts.groups[self.name].nodes() == here:
+        group = self._parts.groups[self.name]
+        if self.has_gpus and group.gpus() == {self._parts.learners[self.name].gpu()}:
+            return Way.gpu_memory
+        if group.nodes() == here:
             return Way.shared_memory
         return Way.object_store
 

@@ -12,6 +12,11 @@ from lightning_ray.trajectories import SEQUENCE_SCHEMA
 
 VOCABULARY = 256
 
+HAS_GPU = torch.cuda.is_available()
+NUM_GPUS = 1.0 if HAS_GPU else 0.0
+"""What a learner in this process is given: where there is a GPU, the tests run on it."""
+DEVICES = ["cpu", "cuda"] if HAS_GPU else ["cpu"]
+
 
 def tiny_model(folder: Path) -> Path:
     torch.manual_seed(7)
@@ -99,10 +104,11 @@ def plain_loss(
     for index, row in enumerate(rows):
         per_attempt[row["attempt_id"]] = per_attempt.get(row["attempt_id"], 0) + len(learnt[index])
     attempts = sum(1 for count in per_attempt.values() if count)
-    loss = torch.zeros(())
+    device = next(model.parameters()).device
+    loss = torch.zeros((), device=device)
     logprobs: list[np.ndarray] = []
     for index, row in enumerate(rows):
-        logits = model(input_ids=torch.tensor([row["token_ids"]])).logits[0].float()
+        logits = model(input_ids=torch.tensor([row["token_ids"]], device=device)).logits[0].float()
         table = logits.log_softmax(dim=-1)
         mine = []
         for place in learnt[index]:

@@ -7,13 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import ray
+import torch
 from learner_support import to_table
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_ray.algorithms import LossConfig
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.learner import LearnerConfig, LearnerGroup
 from lightning_ray.learner.worker import LearnerWorker
+from lightning_ray.policies.handover import Checksum, Way
 
 CONFIG = LearnerConfig(
     dtype="fp32",
@@ -22,6 +25,8 @@ CONFIG = LearnerConfig(
     num_threads=1,
     tokens_per_row=30,
     start_timeout_s=240,
+    # NCCL wants a GPU of its own for each rank.
+    num_gpus=1.0 if torch.cuda.device_count() > 1 else 0.0,
 )
 LOSS = LossConfig(epsilon_low=0.9, epsilon_high=5.0)
 TIMEOUT_S = 120.0
@@ -186,3 +191,28 @@ def test_a_cluster_without_room_is_named_after_the_timeout(ray_cluster, model_di
     greedy = dataclasses.replace(CONFIG, num_cpus=64.0, start_timeout_s=2.0)
     with pytest.raises(InfrastructureError, match=r"64\.0 CPUs"):
         LearnerGroup(greedy, model_dir, "greedy")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_group_on_a_share_of_a_gpu_learns_and_hands_over(ray_cluster, model_dir, tmp_path):
+    config = LearnerConfig(
+        dtype="auto", learning_rate=1e-2, num_gpus=0.5, compile=True, tokens_per_row=256
+    )
+    reference = ray.put(batch())
+    group = LearnerGroup(config, model_dir, "gpu")
+    try:
+        before = group.logprobs(reference, TIMEOUT_S)
+        reports = [group.step(reference, LOSS, TIMEOUT_S) for _ in range(2)]
+        handed = group.hand_over(tmp_path / "v1", Way.shared_memory, TIMEOUT_S)
+        group.settle(TIMEOUT_S)
+        after = group.logprobs(reference, TIMEOUT_S)
+    finally:
+        group.stop()
+    assert [report.skipped for report in reports] == [None, None]
+    assert np.abs(np.concatenate(after) - np.concatenate(before)).max() > 1e-3
+    published = AutoModelForCausalLM.from_pretrained(tmp_path / "v1")
+    assert published.dtype == torch.bfloat16
+    checksum = Checksum()
+    for name, tensor in load_file(tmp_path / "v1/model.safetensors").items():
+        checksum.add(name, tensor)
+    assert checksum.hexdigest() == handed.digest

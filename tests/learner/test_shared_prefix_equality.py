@@ -5,23 +5,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from learner_support import load_plain, plain_loss, token_trees
+from learner_support import DEVICES, load_plain, plain_loss, token_trees
 
 from lightning_ray.algorithms import LossConfig
 from lightning_ray.algorithms.losses import Part, policy_loss
 from lightning_ray.learner.forward import PolicyModule, ancestor_mask
 from lightning_ray.learner.head import selected_logprobs
 from lightning_ray.learner.packing import pack
+from lightning_ray.learner.tree_attention import use_tree_attention
 
 
 def packed_loss(module: PolicyModule, packed, config: LossConfig):
     """The sum of the rows' losses, and the logprobs of the batch's trainable tokens."""
-    total = torch.zeros(())
+    device = next(module.parameters()).device
+    total = torch.zeros((), device=device)
     logprobs = np.full(packed.trainable_tokens, np.nan, np.float32)
     for row in packed.rows:
         new, entropy, _ = module(
             *(
-                torch.from_numpy(array)
+                torch.from_numpy(array).to(device)
                 for array in (
                     row.input_ids,
                     row.position_ids,
@@ -32,17 +34,21 @@ def packed_loss(module: PolicyModule, packed, config: LossConfig):
             )
         )
         assert entropy.requires_grad is False
-        chosen = new[torch.from_numpy(row.entry)]
+        chosen = new[torch.from_numpy(row.entry).to(device)]
         numbers = (row.old_logprobs, row.advantages, row.weights, row.sequence)
-        part = Part(chosen, *(torch.from_numpy(one) for one in numbers))
+        part = Part(chosen, *(torch.from_numpy(one).to(device) for one in numbers))
         total = total + policy_loss(part, config)[0]
-        logprobs[row.token] = chosen.detach().numpy()
+        logprobs[row.token] = chosen.detach().cpu().numpy()
     return total, logprobs
 
 
-@pytest.fixture(scope="module")
-def plain(model_dir):
-    return load_plain(model_dir)
+@pytest.fixture(scope="module", params=DEVICES)
+def models(model_dir, request):
+    """The model twice: for the plain computation, and with the attention that the learner uses."""
+    plain, packed = (load_plain(model_dir).to(request.param) for _ in range(2))
+    if request.param == "cuda":
+        assert use_tree_attention(packed)
+    return plain, packed
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,8 +59,9 @@ def plain(model_dir):
     aggregation=st.sampled_from(["token_mean", "sequence_mean"]),
 )
 def test_loss_logprobs_and_every_gradient_equal_the_unshared_ones(
-    plain, batch, tokens_per_row, chunk, aggregation
+    models, batch, tokens_per_row, chunk, aggregation
 ):
+    plain, shared_model = models
     low = high = 0.9  # most tokens keep a gradient
     config = LossConfig(epsilon_low=low, epsilon_high=high, aggregation=aggregation)
     packed = pack(batch, tokens_per_row, config)
@@ -63,16 +70,16 @@ def test_loss_logprobs_and_every_gradient_equal_the_unshared_ones(
     if not packed.rows:
         return
     loss.backward()
-    expected = {name: p.grad.clone() for name, p in plain.named_parameters()}
-    plain.zero_grad()
-    shared, shared_logprobs = packed_loss(PolicyModule(plain, chunk), packed, config)
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    shared_model.zero_grad()
+    shared, shared_logprobs = packed_loss(PolicyModule(shared_model, chunk), packed, config)
     shared.backward()
     learnable = shared_logprobs[~np.isnan(shared_logprobs)]
     np.testing.assert_allclose(learnable, np.concatenate(logprobs), rtol=1e-5, atol=1e-5)
     assert shared.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     # Relative to the size of the whole gradient: single entries may cancel to rounding error.
     scale = max(grad.norm().item() for grad in expected.values()) + 1e-6
-    for name, parameter in plain.named_parameters():
+    for name, parameter in shared_model.named_parameters():
         difference = (parameter.grad - expected[name]).norm().item()
         assert difference <= 1e-5 * scale, name
 
