@@ -3,7 +3,11 @@
 vLLM calls these by name, in its worker processes.
 """
 
+import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,11 @@ from lightning_ray.errors import InfrastructureError
 from lightning_ray.policies.additions import with_additions
 from lightning_ray.policies.gpu_memory import GpuWeights, opened
 from lightning_ray.policies.handover import Checksum
+
+log = logging.getLogger(__name__)
+
+FOLDER_S = 60.0
+"""How long a folder that is being written is waited for while calls stand still."""
 
 
 class ReplaceWeights:
@@ -46,8 +55,17 @@ class ReplaceWeights:
         answering with the first version's (vLLM 0.32; a GPU reads the shared weights).
         """
         if gpu:
-            with opened(GpuWeights(*gpu)) as weights:
-                self._replace(weights, folder, digest, base, scale)
+            with ExitStack() as stack:
+                try:
+                    weights = stack.enter_context(opened(GpuWeights(*gpu)))
+                except InfrastructureError as error:
+                    log.warning("%s; reading %s, once it is written", error, folder)
+                else:
+                    self._replace(weights, folder, digest, base, scale)
+                    return
+            _wait_for(folder)
+            # Of additions the folder has no checksum: it holds the whole model.
+            self._replace(self._of_folder(folder), folder, "" if base else digest, "", 0.0)
         elif file:
             self._replace(_of_file(file), folder, digest, base, scale)
         else:
@@ -92,6 +110,14 @@ class ReplaceWeights:
             self.get_model(),  # type: ignore[attr-defined]
         )
         return found
+
+
+def _wait_for(folder: str) -> None:
+    deadline = time.monotonic() + FOLDER_S
+    while not Path(folder).is_dir():
+        if time.monotonic() > deadline:
+            raise InfrastructureError(f"{folder} was not written within {FOLDER_S:g} s")
+        time.sleep(0.1)
 
 
 def _of_file(file: str) -> Iterator[tuple[str, torch.Tensor]]:

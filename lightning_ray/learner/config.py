@@ -73,8 +73,8 @@ class LearnerConfig:
     activation_checkpointing: bool = False
     """Keep only layer boundaries for the backward pass: less memory, a third more time."""
     compile: bool = False
-    """On a GPU: compile the layers (torch.compile), which takes a minute at the first step and
-    then about halves a step's time. Not with zero_stage 3, which gathers weights layer by layer."""
+    """On a GPU: compile the model's layers too (torch.compile), which takes some 15 s at the first
+    step. Not with zero_stage 3, which gathers weights layer by layer."""
     seed: int = 0
     num_threads: int = 2
     """CPU threads per rank."""
@@ -102,6 +102,8 @@ def check_learner(config: LearnerConfig) -> None:
     _check_lora(config)
     if config.compile and config.zero_stage == 3:
         raise UserError("learner.compile=true does not go with learner.zero_stage=3; drop one")
+    if config.compile and config.num_gpus == 0:
+        raise UserError("learner.compile=true is for a GPU; set learner.compile=false")
     for name in ("num_ranks", "tokens_per_row", "logits_chunk", "num_threads"):
         value = getattr(config, name)
         if value < 1:

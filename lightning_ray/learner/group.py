@@ -121,6 +121,10 @@ class LearnerGroup:
         found: str = self._get([self._workers[0].gpu.remote()], timeout_s, "the learner's GPU")[0]
         return found
 
+    def taken(self, timeout_s: float = 30.0) -> None:
+        """Every engine has what was handed over: the learner keeps it for nobody any longer."""
+        self._get([self._workers[0].taken.remote()], timeout_s, "the learner's GPU to be cleared")
+
     def settle(self, timeout_s: float) -> None:
         """Wait until what was handed over last lies on disk, whole.
 

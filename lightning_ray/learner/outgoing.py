@@ -5,6 +5,7 @@ the version in it lies on disk, so that what engines read does not change under 
 """
 
 import json
+import logging
 import mmap
 import os
 import threading
@@ -20,6 +21,8 @@ from lightning_ray.errors import InfrastructureError
 from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
 from lightning_ray.policies.gpu_memory import GpuMemory
 from lightning_ray.policies.handover import Checksum, Handed, Way
+
+log = logging.getLogger(__name__)
 
 Whole = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Makes all tensors of a checkpoint of those that were sent."""
@@ -135,7 +138,9 @@ class Outgoing:
         """`base` is the folder of the model that the weights are of."""
         self._base = base
         self._memory: MemoryFile | None = None
-        self._gpu: GpuMemory | None = None
+        self._gpu = GpuMemory()
+        self._gpu_wanted: set[str] = set()
+        self._gpu_lock = threading.Lock()
         self._writing: threading.Thread | None = None
         self._failed: Exception | None = None
         self._target = Path()
@@ -164,11 +169,15 @@ class Outgoing:
         self._target = target
         base = "" if whole is None else str(self._base)
         if way is Way.gpu_memory:
-            if self._gpu is None:
-                self._gpu = GpuMemory()
-            digest, there = self._gpu.write(tensors)
-            self._write_beside(memory, partial, dtype, whole, self._gpu.tensors, digest)
-            return Handed(str(target), digest, nbytes, "", _node(), (), base, scale, there)
+            try:
+                digest, there = self._gpu.write(tensors)
+            except InfrastructureError as error:
+                log.warning("%s; the weights go by shared memory", error)
+                way = Way.shared_memory
+            else:
+                self._gpu_wanted = {"reader", "writer"}
+                self._write_beside(memory, partial, dtype, whole, digest)
+                return Handed(str(target), digest, nbytes, "", _node(), (), base, scale, there)
         digest = memory.write(tensors)
         if way is Way.disk:
             self._write(memory, partial, dtype, whole)
@@ -197,6 +206,18 @@ class Outgoing:
             failed, self._failed = self._failed, None
             raise InfrastructureError(f"{self._target} could not be written: {failed}") from failed
 
+    def taken(self) -> None:
+        """Every engine has the version that was handed over: a GPU's memory is no longer needed."""
+        self._free("reader")
+
+    def _free(self, by: str) -> None:
+        """Gives a GPU's memory back once both who reads and who writes it to disk are done."""
+        with self._gpu_lock:
+            if by in self._gpu_wanted:
+                self._gpu_wanted.remove(by)
+                if not self._gpu_wanted:
+                    self._gpu.free()
+
     def _write_beside(self, *what: Any) -> None:
         self._writing = threading.Thread(target=self._write_quietly, args=what, daemon=True)
         self._writing.start()
@@ -207,12 +228,16 @@ class Outgoing:
         partial: Path,
         dtype: str,
         whole: Whole | None,
-        gpu: dict[str, Tensor] | None = None,
-        digest: str = "",
+        in_gpu: str = "",
     ) -> None:
-        """Writes what is in memory to disk; what is in a `gpu` goes into memory before."""
-        if gpu is not None and memory.write(gpu) != digest:
-            raise InfrastructureError("what came from the GPU is not what was handed over")
+        """Writes what is in memory to disk; what a GPU has, of digest `in_gpu`, by way of it."""
+        if in_gpu:
+            # Beside what the learner computes, and not between it.
+            with torch.cuda.stream(torch.cuda.Stream()):
+                found = memory.write(self._gpu.tensors)
+            self._free("writer")
+            if found != in_gpu:
+                raise InfrastructureError("what came from the GPU is not what was handed over")
         if whole is None:
             memory.copy_to(partial / WEIGHTS)
         else:

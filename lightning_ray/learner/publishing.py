@@ -97,6 +97,10 @@ class Publisher:
                 names.update(opened.keys())
         return frozenset(names)
 
+    def taken(self) -> None:
+        """Every engine has what was handed over; see `Outgoing.taken`."""
+        self._outgoing.taken()
+
     def settle(self, timeout_s: float) -> None:
         """Waits until what was handed over lies on disk; see `Outgoing.settle`."""
         self._outgoing.settle(timeout_s)
@@ -114,7 +118,7 @@ def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def whole_weights(
     model: nn.Module, dtype: torch.dtype, wanted: bool, copy: bool = True, on_cpu: bool = True
 ) -> dict[str, Tensor]:
-    """Every weight on this rank's CPU, or where it is, by name; nothing where it is not `wanted`.
+    """Every weight on this rank's CPU, or where it is whole, by name; nothing if not `wanted`.
 
     Without `copy` they are the model's own where they can be, and change with it. All ranks call
     it at the same time: with ZeRO 3 each has a part of every weight.
@@ -128,7 +132,8 @@ def whole_weights(
                 own = copy or hasattr(value, "ds_id")
                 # What has two names, as a head that is the embedding, is one tensor here too.
                 if id(value) not in copied:
-                    device = torch.device("cpu") if on_cpu else value.device
+                    # On a GPU there need not be room for the whole model.
+                    device = torch.device("cpu") if on_cpu or own else value.device
                     copied[id(value)] = value.detach().to(device, dtype, copy=own)
                 weights[name] = copied[id(value)]
     return weights

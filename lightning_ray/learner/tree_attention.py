@@ -22,9 +22,18 @@ BLOCK = 128
 """Rows are filled up to whole blocks, so that few lengths are compiled for."""
 
 
+LEAST_WIDTH = 16
+"""Numbers of a head that FlexAttention's kernels take at least."""
+
+
 def use_tree_attention(model: PreTrainedModel) -> bool:
-    """Sets the model's attention to this one; false where the model has only one of its own."""
-    if not model._supports_attention_backend:
+    """Sets the model's attention to this one; false where that cannot be.
+
+    A model may have only an attention of its own, or heads that are too narrow for the kernels.
+    """
+    about = model.config
+    width = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
+    if not model._supports_attention_backend or width < LEAST_WIDTH:
         return False
     AttentionInterface.register(TREE, tree_attention)
     model.set_attn_implementation(TREE)

@@ -119,6 +119,8 @@ class LearnerWorker:
                 "CPU build? Set learner.num_gpus=0 to train on the CPU"
             )
         os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
+        # What is compiled for a GPU is compiled by as many processes as the rank has threads.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(self.config.num_threads))
         torch.set_num_threads(self.config.num_threads)
         import deepspeed
 
@@ -224,6 +226,10 @@ class LearnerWorker:
         """Hand the whole model's weights over to engines; see `LearnerGroup.hand_over`."""
         refuse(path)
         return self._publisher.hand_over(Path(path), way)
+
+    def taken(self) -> None:
+        """Every engine has what was handed over."""
+        self._publisher.taken()
 
     def settle(self, timeout_s: float) -> None:
         """Wait until what was handed over lies on disk."""

@@ -67,7 +67,7 @@ class GpuMemory:
     def write(self, tensors: Mapping[str, "Tensor"]) -> tuple[str, GpuWeights]:
         """Replaces what is there; returns the `Checksum` of the tensors, and where they are.
 
-        Raises InfrastructureError when the GPU has no room.
+        Raises InfrastructureError when the GPU has no room, or cannot share its memory.
         """
         import torch
 
@@ -89,14 +89,26 @@ class GpuMemory:
         return checksum.hexdigest(), GpuWeights(_uuid(), self._handle, end, layout, place())
 
     def _resize(self, nbytes: int) -> None:
+        import torch
+
         if self._flat is not None and len(self._flat) == nbytes:
             return
         self.free()
         address = ctypes.c_uint64()
-        _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
+        wanted = ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1))
+        try:
+            _call("cuMemAlloc_v2", *wanted)
+        except InfrastructureError:
+            # What PyTorch keeps for later is taken as far as the driver knows.
+            torch.cuda.empty_cache()
+            _call("cuMemAlloc_v2", *wanted)
         self._address = address.value
         handle = _Handle()
-        _call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+        try:
+            _call("cuIpcGetMemHandle", ctypes.byref(handle), address)
+        except InfrastructureError:
+            self.free()
+            raise
         self._handle = bytes(handle.bytes)
         self._flat = _as_tensor(self._address, nbytes)
 

@@ -41,6 +41,16 @@ class Way(StrEnum):
     object_store = "object_store"
 
 
+def shortest_way(node: str, nodes: set[str], gpu: str, gpus: set[str]) -> Way:
+    """What `auto` comes to: the learner's node and GPU, and those of the engines that answer.
+
+    "" is no GPU. Where no engine says where it is, one has just died, and may come back anywhere.
+    """
+    if gpu and gpus == {gpu}:
+        return Way.gpu_memory
+    return Way.shared_memory if nodes == {node} else Way.object_store
+
+
 @dataclass(frozen=True)
 class Handed:
     """Weights that a learner hands over."""

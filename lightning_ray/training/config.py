@@ -138,6 +138,13 @@ def check_rooms(config: TrainConfig) -> None:
         raise UserError(f"training.min_usable={training.min_usable}: must lie between 0 and 1")
     if not config.name or "/" in config.name:
         raise UserError(f"name={config.name!r}: it begins a folder's name; use letters and digits")
+    if training.weights is Way.gpu_memory and not (
+        config.learner.num_gpus > 0 and config.inference.num_gpus > 0
+    ):
+        raise UserError(
+            "training.weights=gpu_memory needs learner and engines on a GPU: set learner=gpu and "
+            "inference=gpu, or training.weights=auto"
+        )
     if training.max_sequence_tokens < 0:
         raise UserError(
             f"training.max_sequence_tokens={training.max_sequence_tokens}: must be 0 (any) or more"

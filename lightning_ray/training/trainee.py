@@ -18,7 +18,7 @@ from lightning_ray.algorithms import make_algorithm, own_loss
 from lightning_ray.errors import InfrastructureError, PartLostError, UserError
 from lightning_ray.learner import StepReport
 from lightning_ray.policies import PolicyConfig
-from lightning_ray.policies.handover import Way
+from lightning_ray.policies.handover import Way, shortest_way
 from lightning_ray.rollouts import RolloutRecord
 from lightning_ray.training.batches import Batch
 from lightning_ray.training.config import TrainConfig, settings_of
@@ -150,6 +150,8 @@ class Trainee:
             # was lost, which this says.
             self._parts.learners[self.name].settle(PUBLISH_TIMEOUT_S)
             raise
+        if handed.gpu is not None:
+            self._parts.learners[self.name].taken()
         state.version = number
         state.published.append(number)
 
@@ -204,15 +206,14 @@ class Trainee:
     def _way(self) -> Way:
         """How weights travel. Asked each time: what dies may come back on another node."""
         chosen = self._config.training.weights
-        if chosen is not Way.auto:
+        if chosen not in (Way.auto, Way.gpu_memory):
             return chosen
-        here = {self._parts.learners[self.name].node()}
-        group = self._parts.groups[self.name]
-        if self.has_gpus and group.gpus() == {self._parts.learners[self.name].gpu()}:
-            return Way.gpu_memory
-        if group.nodes() == here:
-            return Way.shared_memory
-        return Way.object_store
+        learner, group = self._parts.learners[self.name], self._parts.groups[self.name]
+        gpus = (learner.gpu(), group.gpus()) if self.has_gpus else ("", set[str]())
+        found = shortest_way(learner.node(), group.nodes(), *gpus)
+        if chosen is Way.gpu_memory and found is not chosen:
+            log.warning("not every engine of %s is on its learner's GPU: by %s", self.name, found)
+        return found
 
     def sample(self, lesson: Lesson, count: int) -> pa.Table:
         """The first `count` sequences of a lesson."""
