@@ -83,6 +83,8 @@ def test_a_missing_value_is_named_with_the_experiments_there_are(overrides: list
     [
         ("training.steps=0", "training.steps=0"),
         ("training.min_usable=2", "training.min_usable=2"),
+        ("training.weights=gpu_memory", "training.weights=gpu_memory"),
+        ("learner.compile=true", "learner.compile=true"),
         ("name=a/b", "name='a/b'"),
         ("seed=-1", "seed=-1"),
         ("training.seed=-1", "training.seed=-1"),

@@ -30,6 +30,12 @@ def test_settings_that_cannot_work_are_named(changes):
         check_learner(LearnerConfig(**changes))
 
 
+def test_compiled_layers_want_a_gpu_and_whole_weights():
+    check_learner(LearnerConfig(compile=True, num_gpus=1.0))
+    with pytest.raises(UserError, match=r"^learner\.compile=true .* learner\.zero_stage=3"):
+        check_learner(LearnerConfig(compile=True, num_gpus=1.0, zero_stage=3))
+
+
 def test_a_whole_model_folder_is_accepted(model_dir):
     check_learner(LearnerConfig())
     assert check_model_dir(model_dir) == model_dir.absolute()
