@@ -39,7 +39,9 @@ WITHIN_S = dict.fromkeys(DEATHS, 30.0) | {
     "engine_core": 60.0,
     "driver": 60.0,
 }
-"""How soon each is to be back, seconds."""
+"""How soon each is to be back, seconds, on a machine that starts the run in `USUAL_START_S`."""
+USUAL_START_S = 45.0
+"""What the parts' own start takes is the least that any of them takes to come back."""
 
 SAID = {
     "rollouts_node": re.compile(r"\d+ rollout workers died and were replaced"),
@@ -76,9 +78,12 @@ class Run:
     """Lines, each with seconds since the epoch."""
     step: int = 0
     """The last that was done."""
+    began: float = 0.0
+    """When the job was first started, seconds since the epoch."""
 
     def start(self, *words: str) -> None:
         """Starts the job, or goes on with it."""
+        self.began = self.began or time.time()
         agent = ROOT / "benchmarks/agents/slow_calculator.py"
         program = str(Path(sys.executable).with_name("lightning-ray"))
         self.process = subprocess.Popen(
@@ -126,6 +131,13 @@ class Run:
     def output(self) -> str:
         """All that it said."""
         return "\n".join(line for _, line in self.said)
+
+    @property
+    def patience(self) -> float:
+        """How often `WITHIN_S` a death may take: more than once where starting the run took longer
+        than `USUAL_START_S`, for that is what its parts' start takes here."""
+        up = next(at for at, line in self.said if SAID["driver"].match(line))
+        return max(1.0, (up - self.began) / USUAL_START_S)
 
     def wait_for_step(self, number: int, within_s: float) -> None:
         """Waits until this step is done. Raises RuntimeError when the job ends or is too slow."""
