@@ -1,5 +1,6 @@
 """A training run over several Ray nodes, what of it can be killed, and how soon it is back."""
 
+import math
 import re
 import subprocess
 import sys
@@ -51,7 +52,7 @@ SAID = {
     "driver": re.compile(r"starting the gateway and the rollout workers \d"),
 }
 """What the run says of a death, where what ran before it may go on for a moment."""
-SAID_WITHIN_S = 180.0
+GOOD_WITHIN_S = 240.0
 
 _STEP = re.compile(r"step (\d+)/")
 _BATCH = re.compile(r"step .*[ (]batch ([\d.]+), learn ([\d.]+), weights ([\d.]+)")
@@ -143,14 +144,16 @@ class Run:
         """Waits until this step is done. Raises RuntimeError when the job ends or is too slow."""
         self.wait_until(lambda: self.step >= number, within_s, f"step {number}")
 
-    def wait_until(self, is_so: Callable[[], bool], within_s: float, what: str) -> None:
+    def wait_until(
+        self, is_so: Callable[[], bool], within_s: float, what: str, every_s: float = 0.2
+    ) -> None:
         """Waits while the job runs. Raises RuntimeError when it ends or is too slow."""
         deadline = time.monotonic() + within_s
         while not is_so():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 tail = "\n".join(line for _, line in self.said[-15:])
                 raise RuntimeError(f"the run did not come to {what} in {within_s:g} s:\n{tail}")
-            time.sleep(0.2)
+            time.sleep(every_s)
 
     def wait(self, within_s: float) -> int:
         """Waits for the job's end; returns its exit code. Raises TimeoutExpired."""
@@ -174,9 +177,10 @@ class Run:
             self.process.wait(30)
             death = Death(name, time.time())
             self.start(f"resume={self.run_folder.run_id}")
-        if name in SAID:
-            # The next death must not keep the run from saying it.
-            self.wait_until(lambda: self._said_of(death) is not None, SAID_WITHIN_S, str(death))
+        # The next death must not keep the run from making this one good, nor from saying so.
+        self.wait_until(
+            lambda: math.isfinite(self.recovered([death])[0]), GOOD_WITHIN_S, str(death), 1.0
+        )
         return death
 
     def _said_of(self, death: Death) -> float | None:

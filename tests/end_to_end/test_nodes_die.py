@@ -19,8 +19,8 @@ from lightning_ray.tracking.store import default_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-STEPS = len(DEATHS) + STALENESS + 2
-"""Rollouts still begin after the last death."""
+STEPS = len(DEATHS) + 4 + STALENESS + 2
+"""Rollouts still begin after the last death, also where some take more than a step to make good."""
 
 
 @dataclass

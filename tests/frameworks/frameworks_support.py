@@ -206,6 +206,8 @@ def running_stack(base: Path, folder: Path) -> Iterator[Stack]:
         f"+inference.extra.additional_config={{{FILE}: '{witness}'}}",
         "rollouts.slots_per_worker=2",
         "learner.learning_rate=1e-6",
+        # So that what both runs begin with, which is most of it, is computed once.
+        "learner.tokens_per_row=4096",
     ]
     config: TrainConfig = compose_config("train", TrainConfig, settings)
     parts = Parts(config, RunFolder(folder / "frameworks"), base, Progress(1, mode="plain"))
