@@ -349,6 +349,7 @@ def test_of_additions_only_the_factors_arrive(stack, tmp_path):
         stack.shared.take_on(stack.shared.base)
 
 
+@pytest.mark.slow
 def test_weights_that_arrive_damaged_answer_nobody(stack, tmp_path):
     folder = tmp_path / "versions" / "1"
     handed = stack.learner.hand_over(folder, Way.shared_memory, 120)
