@@ -1,5 +1,6 @@
 """What DeepSpeed is told: the environment of a rank, and the engine's settings."""
 
+import logging
 import os
 from typing import Any
 
@@ -35,6 +36,37 @@ def set_environment(rank: int, num_ranks: int, host: str, port: int) -> None:
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
     }
+
+
+def on_gpu(config: LearnerConfig) -> bool:
+    """Whether this rank computes on a GPU; DeepSpeed reads it when it is imported, after this.
+
+    Raises UserError where it is to and PyTorch sees none.
+    """
+    import torch
+
+    wanted = config.num_gpus > 0
+    if wanted and not torch.cuda.is_available():
+        raise UserError(
+            f"learner.num_gpus={config.num_gpus:g}, and PyTorch sees no GPU; is it the CPU build? "
+            "Set learner.num_gpus=0 to train on the CPU"
+        )
+    os.environ["DS_ACCELERATOR"] = "cuda" if wanted else "cpu"
+    # What is compiled for a GPU is compiled by as many processes as the rank has threads.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(config.num_threads))
+    return wanted
+
+
+def settle_deepspeed(gpu: bool) -> None:
+    """What is set in DeepSpeed itself, once it is imported."""
+    import deepspeed
+
+    # Its progress at start is of no use to a person who watches the run.
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not gpu:
+        # Otherwise DeepSpeed compiles a shared-memory collective at the first start: a minute,
+        # and a compiler that a user's machine need not have. Gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:

@@ -9,9 +9,7 @@ Nothing heavy is imported with this module: DeepSpeed reads the environment when
 
 import itertools
 import json
-import logging
 import math
-import os
 import random
 import socket
 import time
@@ -37,9 +35,11 @@ from lightning_ray.learner.checkpoint import (
 from lightning_ray.learner.config import RATE, LearnerConfig
 from lightning_ray.learner.deepspeed_settings import (
     deepspeed_config,
+    on_gpu,
     require_possible,
     resolved_dtype,
     set_environment,
+    settle_deepspeed,
 )
 from lightning_ray.learner.folders import commit_folder, partial_folder, refuse
 from lightning_ray.learner.packing import (
@@ -105,31 +105,18 @@ class LearnerWorker:
         """Meet the other ranks, load the model and make the optimiser; all compute in `dtype`.
 
         Raises:
-            UserError: DeepSpeed cannot compute so.
+            UserError: DeepSpeed cannot compute so, or there is no GPU.
         """
         self.config = replace(self.config, dtype=dtype)
         require_possible(self.config)
         set_environment(self.rank, self.config.num_ranks, host, port)
+        cuda = on_gpu(self.config)
         import torch
 
-        cuda = self.config.num_gpus > 0
-        if cuda and not torch.cuda.is_available():
-            raise UserError(
-                f"learner.num_gpus={self.config.num_gpus:g}, and PyTorch sees no GPU; is it the "
-                "CPU build? Set learner.num_gpus=0 to train on the CPU"
-            )
-        os.environ["DS_ACCELERATOR"] = "cuda" if cuda else "cpu"
-        # What is compiled for a GPU is compiled by as many processes as the rank has threads.
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(self.config.num_threads))
         torch.set_num_threads(self.config.num_threads)
         import deepspeed
 
-        # Its progress at start is of no use to a person who watches the run.
-        deepspeed.utils.logger.setLevel(logging.WARNING)
-        if not cuda:
-            # Otherwise DeepSpeed compiles a shared-memory collective at the first start: a minute,
-            # and a compiler that a user's machine need not have. Gloo does the same work.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        settle_deepspeed(cuda)
         deepspeed.init_distributed(
             "nccl" if cuda else "gloo",
             auto_mpi_discovery=False,

@@ -61,6 +61,7 @@ def test_what_is_there_is_never_touched(tmp_path: Path) -> None:
 def test_a_cache_without_room_keeps_nobody_from_a_store(
     tmp_path: Path, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LIGHTNING_RAY_CACHE", str(small_disk))
+    monkeypatch.setenv("LIGHTNING_RAY_CACHE", str(small_disk.folder))
     client = open_client(default_uri(tmp_path / "outputs"))
     assert [one.name for one in client.search_experiments()] == ["Default"]
+    assert not list(small_disk.folder.glob("*.db"))
