@@ -1,8 +1,9 @@
 """How the learning rate goes on, as a function of the step alone: a resumed run needs no more."""
 
 import math
+from typing import Any
 
-from lightning_ray.learner.config import LearnerConfig
+from lightning_ray.learner.config import RATE, LearnerConfig
 
 
 def learning_rate(config: LearnerConfig, step: int) -> float:
@@ -28,3 +29,9 @@ def learning_rate(config: LearnerConfig, step: int) -> float:
     if config.schedule == "linear":
         return config.learning_rate * (1.0 - (1.0 - final) * passed)
     return config.learning_rate * (final + (1.0 - final) * (1.0 + math.cos(math.pi * passed)) / 2)
+
+
+def set_rate(optimizer: Any, rate: float) -> None:
+    """Has a policy learn at this rate from now on, and its critic at so much of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[RATE]

@@ -52,7 +52,7 @@ from lightning_ray.learner.packing import (
 )
 from lightning_ray.learner.report import StepReport, averages
 from lightning_ray.learner.reshaping import load_engine
-from lightning_ray.learner.schedule import learning_rate
+from lightning_ray.learner.schedule import learning_rate, set_rate
 from lightning_ray.policies.gpu_memory import place
 from lightning_ray.policies.handover import Handed, Way
 from lightning_ray.trajectories.batch import list_arrays
@@ -154,7 +154,7 @@ class LearnerWorker:
         self._steps += 1
         totals = self._accumulate(packed, loss, own)
         if packed.rows:
-            self._set_rate(learning_rate(self.config, self._steps))
+            set_rate(self.engine.optimizer, learning_rate(self.config, self._steps))
             self.engine.step()
         versions = trainable_values(batch, "versions")
         return StepReport(
@@ -273,10 +273,6 @@ class LearnerWorker:
             group[RATE] = rate
         state: dict[str, Any] = saved["state"]
         return state
-
-    def _set_rate(self, rate: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate * group[RATE]
 
     def _to_device(self, array: npt.NDArray[Any]) -> "Tensor":
         import torch
