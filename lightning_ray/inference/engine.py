@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.importing import importing
 from lightning_ray.inference import forks
 from lightning_ray.inference.arriving import Arriving
 from lightning_ray.inference.config import InferenceConfig
@@ -90,7 +91,8 @@ class InferenceEngine:
         if on_processor:
             # It imports vLLM while this process does.
             forks.prepare()
-        from lightning_ray.inference import vllm_internals as vllm
+        with importing(forks.NOT_NEEDED):
+            from lightning_ray.inference import vllm_internals as vllm
 
         if on_processor:
             forks.take_over()

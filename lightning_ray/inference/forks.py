@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = "lightning_ray.inference.forks_preload"
+NOT_NEEDED = ("sklearn",)
+"""What transformers imports where it is there, to generate by itself."""
 _LIBRARIES = (
     # OpenMP as torch has it, and the allocator that comes with vLLM; package, name, and where.
     ("torch", "libgomp", ("torch/lib", "torch.libs")),

@@ -6,13 +6,17 @@ from lightning_ray.inference import lifeline
 # itself to this process, when vLLM loads its plugins.
 lifeline.end_with_parent()
 
-import ray  # noqa: E402, F401 (each would import it with Ray's own main module)
-import vllm.v1.engine.core  # noqa: E402
-import vllm.v1.worker.cpu_model_runner  # noqa: E402
-import vllm.v1.worker.cpu_worker  # noqa: E402, F401
-from vllm.utils.system_utils import set_process_title  # noqa: E402
+from lightning_ray.importing import importing  # noqa: E402
+from lightning_ray.inference import forks  # noqa: E402
 
-from lightning_ray.inference import forks, worker_extension  # noqa: E402, F401
+with importing(forks.NOT_NEEDED):
+    import ray  # noqa: F401 (each would import it with Ray's own main module)
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_model_runner
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.utils.system_utils import set_process_title
+
+    from lightning_ray.inference import worker_extension  # noqa: F401
 
 forks.take_over()
 # Here too: where titles are kept is found by the environment, which is replaced in those forked.

@@ -25,6 +25,7 @@ import pyarrow as pa
 from lightning_ray.algorithms.base import TokenLoss
 from lightning_ray.algorithms.config import LossConfig
 from lightning_ray.errors import UserError
+from lightning_ray.importing import importing
 from lightning_ray.learner.checkpoint import (
     STATE_FILE,
     load_generators,
@@ -111,12 +112,16 @@ class LearnerWorker:
         require_possible(self.config)
         set_environment(self.rank, self.config.num_ranks, host, port)
         cuda = on_gpu(self.config)
-        import torch
+        with importing():
+            import torch
 
-        torch.set_num_threads(self.config.num_threads)
-        import deepspeed
+            torch.set_num_threads(self.config.num_threads)
+            import deepspeed
 
-        settle_deepspeed(cuda)
+            settle_deepspeed(cuda)
+            from lightning_ray.learner.loading import load_policy
+            from lightning_ray.learner.optimizer import make_optimizer
+            from lightning_ray.learner.publishing import Publisher
         deepspeed.init_distributed(
             "nccl" if cuda else "gloo",
             auto_mpi_discovery=False,
@@ -126,10 +131,6 @@ class LearnerWorker:
         random.seed(self.config.seed)
         np.random.seed(self.config.seed)
         torch.manual_seed(self.config.seed)
-        from lightning_ray.learner.loading import load_policy
-        from lightning_ray.learner.optimizer import make_optimizer
-        from lightning_ray.learner.publishing import Publisher
-
         self._dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         module = load_policy(self.model_dir, self.config, self._dtype)
         self._vocabulary = module.model.get_input_embeddings().num_embeddings
