@@ -96,6 +96,15 @@ def simulate(
             heapq.heappush(
                 ends, (engine_free + timings.overhead_s + wait, len(ends) + position, spec)
             )
+        # The queue wakes the conductor only when a batch can be ready, and not while it learns;
+        # what ended then may be enough at once.
+        if learning is None and news >= max(hand.fewest(), 1):
+            begun = time.process_time()
+            names = [one.rollout_id for group in hand.running for one in group.specs]
+            hand.ended([known[name] for name in names if name in known])
+            driver_s += time.process_time() - begun
+            wakes += 1
+            news = 0
         if learning is None and (not hand.running or len(hand.next_batch()) >= batch):
             begun = time.process_time()
             hand.take()
@@ -110,14 +119,6 @@ def simulate(
         free += 1
         known[spec.rollout_id] = _good(spec)
         news += 1
-        # The queue wakes the conductor only when a batch can be ready, and not while it learns.
-        if learning is None and news >= max(hand.fewest(), 1):
-            begun = time.process_time()
-            names = [one.rollout_id for group in hand.running for one in group.specs]
-            hand.ended([known[name] for name in names if name in known])
-            driver_s += time.process_time() - begun
-            wakes += 1
-            news = 0
     return Simulated(now / steps, driver_s / steps, wakes / steps)
 
 
