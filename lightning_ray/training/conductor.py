@@ -349,6 +349,10 @@ class Conductor:
                 # A run is resumed with the version its checkpoint was published as.
                 held = self._scores.held(trainee.name)
                 trainee.prune({*self._checkpoints.needed(trainee.name), *held})
+        if self._parts.held:
+            # Engines have come back to take the version on: agents begin now, and not only once
+            # there is a checkpoint.
+            self._mend()
 
     def _checkpoint(self) -> None:
         with self._progress.phase("checkpoint"):

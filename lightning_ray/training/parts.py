@@ -93,7 +93,8 @@ class Parts:
         self.groups = {}
         self.beside = {}
         self.learners = {}
-        self._held = False
+        self.held = False
+        """Whether rollouts wait in the queue, for engines that are not there."""
         self._opened_with: dict[str, list[str]] = {}
         """Where the door was told that engines are, by answerer."""
 
@@ -207,9 +208,9 @@ class Parts:
                 # told may have been restarted.
                 self.queue.engines_are_at(name, group.urls)
         # What nobody can answer waits in the queue, and not in an agent whose time runs.
-        if (silent := any(not group.alive for group in self.groups.values())) != self._held:
+        if (silent := any(not group.alive for group in self.groups.values())) != self.held:
             self.queue.hold(silent)
-            self._held = silent
+            self.held = silent
         for line in lines:
             self._progress.note(line)
             self.restarts.count(line, step)
