@@ -42,7 +42,7 @@ WITHIN_S = dict.fromkeys(DEATHS, 30.0) | {
 }
 """How soon each is to be back, seconds, on a machine that starts the run in `USUAL_START_S`."""
 USUAL_START_S = 45.0
-"""What the parts' own start takes is the least that any of them takes to come back."""
+"""How long a run takes to start where the limits hold as they stand, see `Run.patience`."""
 
 SAID = {
     "rollouts_node": re.compile(r"\d+ rollout workers died and were replaced"),
