@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from killing import kill_and_wait
 from learner_support import to_table
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -169,7 +170,7 @@ def test_what_goes_wrong_in_an_actor_is_told_in_one_line(ray_cluster, model_dir,
             group.load_checkpoint(tmp_path / "step-0", TIMEOUT_S)
         with pytest.raises(InfrastructureError, match="waited 0 s for the learner's step"):
             group.step(ray.put(batch()), LOSS, 0.0)
-        ray.kill(group._workers[0])
+        kill_and_wait(group._workers[0])
         with pytest.raises(InfrastructureError, match="lost"):
             group.logprobs(ray.put(batch()), TIMEOUT_S)
     finally:

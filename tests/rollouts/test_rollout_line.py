@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from killing import kill_and_wait
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.rollouts import (
@@ -80,7 +81,7 @@ def test_a_call_that_raises_costs_the_others_nothing(queue: QueueClient) -> None
 def test_a_queue_that_is_gone_is_said_to_every_caller(queue: QueueClient) -> None:
     async def run() -> None:
         line = Line(queue.actor, timeout_s=20)
-        ray.kill(queue.actor)
+        kill_and_wait(queue.actor)
         calls = [line.finish(f"r{number}/1", GOOD) for number in range(3)]
         said = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(error) for error in said] == [InfrastructureError] * 3

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from killing import kill_and_wait
 from spans_support import row, stored_ids
 
 from lightning_ray.errors import InfrastructureError
@@ -40,7 +41,7 @@ def test_a_store_whose_process_dies_comes_back_and_counts_on(
 
 def test_a_store_that_is_gone_is_a_fault_and_not_a_wait(store: SpanClient) -> None:
     asyncio.run(store.append([row("a")]))
-    ray.kill(store.shards[0])
+    kill_and_wait(store.shards[0])
     for call in (
         lambda: asyncio.run(store.append([row("b")])),
         lambda: asyncio.run(store.fetch(["r/1"])),
