@@ -19,7 +19,9 @@ from lightning_ray.gateway.roles import Role, describe, make_roles, models_of
 from lightning_ray.gateway.service import Service, champions_of
 from lightning_ray.gateway.serving import (
     choose_port,
+    door_url,
     gateway_application,
+    prepare_gateway,
     start_gateway,
     stop_gateway,
 )
@@ -40,9 +42,11 @@ __all__ = [
     "check_serving",
     "choose_port",
     "describe",
+    "door_url",
     "gateway_application",
     "make_roles",
     "models_of",
+    "prepare_gateway",
     "start_desk",
     "start_gateway",
     "stop_gateway",

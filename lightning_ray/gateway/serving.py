@@ -73,6 +73,25 @@ def gateway_application(
     return application
 
 
+def door_url(config: GatewayConfig, port: int) -> str:
+    """The base URL of a door that listens on this port of this node, "http://HOST:PORT"."""
+    host = config.host
+    if host in ("0.0.0.0", "::"):
+        # Listening everywhere is no address to call: say the one that other nodes reach.
+        host = ray.util.get_node_ip_address()
+    return f"http://{host}:{port}"
+
+
+def prepare_gateway(job: str) -> None:
+    """Does what `start_gateway` needs and takes a while, for it to find: Ray Serve runs, and the
+    door is closed that the job had under a driver that was killed.
+
+    Raises InfrastructureError when that is not closed.
+    """
+    stop_gateway(job)
+    _start_serve()
+
+
 def start_gateway(
     config: GatewayConfig,
     port: int,
@@ -88,20 +107,11 @@ def start_gateway(
     It ends with `stop_gateway`, or by itself once the job's queue, or its desk, is gone for good.
     `queue` lets attempts in, `live` callers with keys.
     """
-    # Serve speaks to the terminal by itself; the panel says what there is to say.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        proxy_location="Disabled",
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
+    _start_serve()
     application = gateway_application(config, queue, roles, answerers, spans, live, port)
     # No route: it does not hear calls through Serve's proxies, which another application may use.
     serve.run(application, name=_application(job), route_prefix=None)
-    host = config.host
-    if host in ("0.0.0.0", "::"):
-        # Listening everywhere is no address to call: say the one that other nodes reach.
-        host = ray.util.get_node_ip_address()
-    return f"http://{host}:{port}"
+    return door_url(config, port)
 
 
 def stop_gateway(job: str) -> None:
@@ -116,6 +126,15 @@ def stop_gateway(job: str) -> None:
         log.debug("no Ray Serve runs, so no door is open")
     except (TimeoutError, RayError) as error:
         raise InfrastructureError(f"Ray Serve did not close the door: {error}") from error
+
+
+def _start_serve() -> None:
+    # Serve speaks to the terminal by itself; the panel says what there is to say.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        proxy_location="Disabled",
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
 
 
 def _application(job: str) -> str:

@@ -104,7 +104,7 @@ def _finetune(
                 scorer = Conductor(config, folder, parts, tracked, uri, progress, [], heldout)
                 scorer.state = state
             else:
-                parts.start_learner()
+                parts.start_learners()
             if checkpoint is not None:
                 checkpoints.load(checkpoint, parts.learners)
             if scorer is not None and state.step == 0:

@@ -145,8 +145,9 @@ def _start(parts: Parts, conductor: Conductor, folder: RunFolder, checkpoint: Pa
         parts.start()
         return
     numbers = {n: state.version for n, state in Checkpoints.peek(checkpoint).policies.items()}
-    parts.start({n: (folder.version(n, number), number) for n, number in numbers.items() if number})
-    conductor.restore(checkpoint)
+    versions = {n: (folder.version(n, number), number) for n, number in numbers.items() if number}
+    parts.start(versions, learners_later=True)
+    conductor.resume(checkpoint)
 
 
 def _run(

@@ -47,8 +47,12 @@ class WorkerGroup:
         queue: QueueClient,
         spans: SpanClient,
         gateway_url: str,
+        wait: bool = True,
     ):
-        """Starts the workers; they take work at once. Raises what `RolloutWorker.start` raises."""
+        """Starts the workers; they take work at once. Raises what `RolloutWorker.start` raises.
+
+        Without `wait` that is for `wait_started` to raise, so that others can start meanwhile.
+        """
         self._config = config
         self._arguments = (agent, config.slots_per_worker, queue.actor, spans, gateway_url)
         self._queue = queue
@@ -65,6 +69,11 @@ class WorkerGroup:
         """Those that take no more work, and when what they run has ended."""
         self._enough_since: float | None = None
         """Since when fewer workers would do."""
+        if wait:
+            self.wait_started()
+
+    def wait_started(self) -> None:
+        """Waits for the first workers. Raises what `RolloutWorker.start` raises."""
         ray.get([worker.started for worker in self._workers], timeout=START_TIMEOUT_S)
 
     def mend(self) -> int:

@@ -84,14 +84,27 @@ class Conductor:
         self._scores = Scores(config, folder, parts, tracked, progress, heldout)
         # Rollouts of a rehearsal that is done again must not be taken for the first ones.
         self._session = secrets.token_hex(3)
+        self._begun: Flow | None = None
+        """Of a run that was resumed, what agents work on before it trains."""
 
     @property
     def trained(self) -> list[str]:
         """The policies that learn."""
         return [trainee.name for trainee in self._trainees]
 
-    def restore(self, checkpoint: Path) -> None:
-        """Continues from a checkpoint of this run."""
+    def resume(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint of this run; all parts are there but the learners.
+
+        Agents go on at once, and the learners start meanwhile.
+        """
+        self.state = self._checkpoints.peek(checkpoint)
+        self._clear_up()
+        self._begun = self._flow()
+        self._begun.admit(self.state.step)
+        self._parts.start_learners()
+        self._checkpoints.load(checkpoint, self._parts.learners)
+
+    def _restore(self, checkpoint: Path) -> None:
         self.state = self._checkpoints.load(checkpoint, self._parts.learners)
         self._clear_up()
 
@@ -131,7 +144,7 @@ class Conductor:
         if self.state.step == 0:
             for trainee in self._trainees:
                 trainee.register_base()
-        flow = self._flow()
+        flow, self._begun = self._begun or self._flow(), None
         while self.state.step < self._config.training.steps:
             try:
                 self._advance(flow)
@@ -274,7 +287,7 @@ class Conductor:
         # they begin anew as well.
         self._parts.replace_learners(everyone=checkpoint is None)
         if checkpoint is not None:
-            self.restore(checkpoint)
+            self._restore(checkpoint)
         else:
             self.state = RunState(heldout_before=self.state.heldout_before)
             self._clear_up()

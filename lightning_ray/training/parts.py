@@ -15,8 +15,10 @@ from lightning_ray.gateway import (
     Answerer,
     Role,
     choose_port,
+    door_url,
     make_roles,
     models_of,
+    prepare_gateway,
     start_gateway,
     stop_gateway,
     upstream_answerer,
@@ -32,6 +34,7 @@ from lightning_ray.training.batch_maker import start_batch_maker
 from lightning_ray.training.config import TrainConfig, settings_of
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.restarts import Restarts
+from lightning_ray.training.threads import begin
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +111,11 @@ class Parts:
         """The engines of the policies that stay as they are."""
         return {n: group for n, group in self.groups.items() if not self._policies[n].train}
 
+    @property
+    def learning(self) -> list[str]:
+        """The policies that learn."""
+        return [name for name, policy in self._policies.items() if policy.train]
+
     def base(self, policy: str) -> Path:
         """The folder of a policy's base model. Raises UserError when there is none."""
         if policy == self._config.policy.name:
@@ -119,21 +127,24 @@ class Parts:
         versions: Mapping[str, tuple[Path, int]] | None = None,
         learn: bool = True,
         work: bool = True,
+        learners_later: bool = False,
     ) -> None:
         """Starts everything; `versions` are those that the engines answer with, by policy, each the
         folder of its weights and its number; of the other policies it is the base model.
 
         Without `learn` there is no learner: for jobs that only run the agent; without `work` no
         workers, for a job that starts its own. Where every policy has an upstream and nothing
-        learns, no engine starts either, and no model is read.
+        learns, no engine starts either, and no model is read. With `learners_later` the learners
+        are left to `start_learners`.
 
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
         config = self._config
         job = self._folder.run_id
-        # Of a driver that was killed: this one goes on in its place.
-        stop_gateway(job)
+        # Ray Serve takes seconds, also to close the door of a driver that was killed.
+        preparing = begin(partial(prepare_gateway, job), "Ray Serve")
         port = choose_port(config.gateway)
+        self.url = door_url(config.gateway, port)
         roles = make_roles(config.gateway, config.policy.name, list(self._policies))
         policies = self._policies.items()
         answerers = [upstream_answerer(policy) for _, policy in policies if policy.is_upstream]
@@ -142,37 +153,45 @@ class Parts:
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
         self.queue = start_queue(job, config.rollouts, self._folder.path / "rollouts", self.store)
-        if models:
-            answerers += self._start_models(models, roles, learn)
-        with self._progress.phase("starting the gateway and the rollout workers", slow=True):
-            self._at_end(partial(stop_gateway, job))
-            self.url = start_gateway(
-                config.gateway, port, job, self.queue.actor, roles, answerers, self.store
+        for name, (folder, version) in models.items():
+            # Their slow start runs while all else is waited for.
+            self.groups[name] = self._engines(folder, name, models_of(roles, name), version)
+        if work:
+            # There is nothing in the queue for them yet.
+            self.workers = WorkerGroup(
+                config.rollouts, config.agent, self.queue, self.store, self.url, wait=False
             )
+            self._at_end(self.workers.stop)
+        if models:
+            answerers += self._start_models(models, roles, learn, learners_later)
+        with self._progress.phase("starting the gateway and the rollout workers", slow=True):
+            # Both have limits of their own.
+            preparing.result()
+            self._at_end(partial(stop_gateway, job))
+            start_gateway(config.gateway, port, job, self.queue.actor, roles, answerers, self.store)
             if work:
-                self.workers = WorkerGroup(
-                    config.rollouts, config.agent, self.queue, self.store, self.url
-                )
-                self._at_end(self.workers.stop)
+                self.workers.wait_started()
+        if learners_later:
+            self._start_batches()
 
     def _start_models(
-        self, models: Mapping[str, tuple[Path, int]], roles: Sequence[Role], learn: bool
+        self,
+        models: Mapping[str, tuple[Path, int]],
+        roles: Sequence[Role],
+        learn: bool,
+        learners_later: bool,
     ) -> list[Answerer]:
-        """Starts the engines and the learners; returns who answers once all of them do."""
-        learner = " and the DeepSpeed learner" if learn else ""
+        """Starts the learners; returns who answers once all engines do."""
+        learner = " and the DeepSpeed learner" if learn and not learners_later else ""
         with self._progress.phase(f"starting the vLLM engine{learner}", slow=True):
-            # The engines' slow start runs while the learners' is waited for.
-            for name, (folder, version) in models.items():
-                self.groups[name] = self._engines(folder, name, models_of(roles, name), version)
-            if learn:
-                self.batches = start_batch_maker()
-                self._at_end(partial(ray.kill, self.batches))
+            if learner:
+                self._start_batches()
                 self._start_learners()
             answering = dict(self.groups)
             if learn and self._config.evaluation.every:
                 # Once the others are up, for whom they would only be in the way.
                 answering = {n: g for n, g in self.groups.items() if g.wait_ready()}
-                for name in self.learners:
+                for name in self.learning:
                     names = models_of(roles, name)
                     self.beside[name] = self._engines(
                         *models[name][:1], name, names, models[name][1]
@@ -224,8 +243,8 @@ class Parts:
             there = self.workers.count
             self._progress.note(f"{abs(change)} rollout workers {what}; there are {there}")
 
-    def start_learner(self) -> None:
-        """Starts learners alone: for a job that learns from what is there and runs no agent."""
+    def start_learners(self) -> None:
+        """Starts the learners of a job whose other parts there are, or which needs no other."""
         with self._progress.phase("starting the DeepSpeed learner", slow=True):
             self._start_learners()
 
@@ -249,11 +268,14 @@ class Parts:
         """Stops every part that was started, last first; one that fails does not keep the rest."""
         self._stack.close()
 
+    def _start_batches(self) -> None:
+        self.batches = start_batch_maker()
+        self._at_end(partial(ray.kill, self.batches))
+
     def _start_learners(self) -> None:
         """Starts the learner of every policy that learns."""
-        for name, policy in self._policies.items():
-            if policy.train:
-                self.learners[name] = self._start_learner(name)
+        for name in self.learning:
+            self.learners[name] = self._start_learner(name)
 
     def _start_learner(self, name: str) -> LearnerGroup:
         settings = settings_of(self._config, self._policies[name]).learner

@@ -49,7 +49,7 @@ def test_a_learner_that_dies_while_it_takes_the_place_of_another_is_replaced_too
         uri = default_uri(tmp_path)
         conductor = Conductor(config, folder, running, tracked, uri, progress, [task], [])
         (trainee,) = conductor._trainees
-        running.start_learner()
+        running.start_learners()
         first = running.learners["policy"]
         first.lost = True
         if version_pending:
