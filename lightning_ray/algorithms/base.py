@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -152,9 +152,14 @@ def make_algorithm(config: AlgorithmConfig) -> Algorithm:
             f"algorithm.options: {config.name} has no {', '.join(map(repr, config.options))}; "
             "they are for an algorithm of your own, algorithm.name=module:Class"
         )
-    module, _, name = ALGORITHMS[config.name].partition(":")
-    algorithm: Algorithm = getattr(importlib.import_module(module), name)(config)
+    algorithm: Algorithm = algorithm_class(config.name)(config)
     return algorithm
+
+
+def algorithm_class(name: str) -> Any:
+    """The class behind one of the names in `ALGORITHMS`."""
+    module, _, attribute = ALGORITHMS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def score(algorithm: Algorithm, name: str, group: Group) -> FloatArray:

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lightning_ray.algorithms.base import FloatArray, Group, IntArray, has_contrast
+from lightning_ray.algorithms.base import (
+    ALGORITHMS,
+    FloatArray,
+    Group,
+    IntArray,
+    algorithm_class,
+    has_contrast,
+)
 from lightning_ray.algorithms.config import AlgorithmConfig, OverlongConfig
 from lightning_ray.errors import UserError
 
@@ -118,9 +125,12 @@ def require(
         UserError: another loss than one of `losses`, or a setting that is not as `needs` says.
     """
     if config.loss.kind not in losses:
+        kind = config.loss.kind
+        others = [other for other in ALGORITHMS if kind in algorithm_class(other).losses]
+        fitting = f", and {kind} with {' or '.join(others)}" if others else ""
         raise UserError(
-            f"algorithm.loss.kind={config.loss.kind}: {name} is used with "
-            f"{' or '.join(losses)}; algorithm={name} sets it"
+            f"algorithm.loss.kind={kind}: {name} is used with {' or '.join(losses)}{fitting}; "
+            f"algorithm={name} sets it"
         )
     for place, wanted in needs.items():
         value: Any = config

@@ -126,7 +126,12 @@ def test_answers_near_the_longest_that_is_wanted_lose_reward(
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("grpo", ["algorithm.loss.kind=policy_gradient"], "algorithm=grpo sets it"),
+        ("grpo", ["algorithm.loss.kind=cross_entropy"], "algorithm=grpo sets it"),
+        (
+            "grpo",
+            ["algorithm.loss.kind=policy_gradient"],
+            "policy_gradient with reinforce_pp or reinforce_pp_baseline or rloo",
+        ),
         ("grpo", ["algorithm.group_size=1", "algorithm.min_group=1"], "use 2 or more"),
         ("grpo", ["algorithm.min_group=9"], "at most algorithm.group_size, 8"),
         ("grpo", ["algorithm.normalize=std"], "use none or group or batch"),
