@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from lightning_ray.cluster import Needs
-from lightning_ray.errors import LightningRayError
+from lightning_ray.errors import InfrastructureError, LightningRayError
 from lightning_ray.gateway import (
     Answerer,
     Role,
@@ -34,9 +35,12 @@ from lightning_ray.training.batch_maker import start_batch_maker
 from lightning_ray.training.config import TrainConfig, settings_of
 from lightning_ray.training.folder import RunFolder
 from lightning_ray.training.restarts import Restarts
-from lightning_ray.training.threads import begin
+from lightning_ray.training.threads import meanwhile
 
 log = logging.getLogger(__name__)
+
+SERVE_S = 120.0
+"""How long Ray Serve may take to start, or to close a door, seconds; it has limits of its own."""
 
 
 def needs_of(config: TrainConfig, learn: bool = True) -> Needs:
@@ -139,23 +143,35 @@ class Parts:
 
         Raises InfrastructureError when a part does not start, UserError when the user can mend it.
         """
-        config = self._config
         job = self._folder.run_id
         # Ray Serve takes seconds, also to close the door of a driver that was killed.
-        preparing = begin(partial(prepare_gateway, job), "Ray Serve")
+        with meanwhile(partial(prepare_gateway, job), "Ray Serve", SERVE_S) as preparing:
+            self._start(preparing, versions or {}, learn, work, learners_later)
+
+    def _start(
+        self,
+        preparing: "Future[None]",
+        versions: Mapping[str, tuple[Path, int]],
+        learn: bool,
+        work: bool,
+        learners_later: bool,
+    ) -> None:
+        config, job = self._config, self._folder.run_id
         port = choose_port(config.gateway)
         self.url = door_url(config.gateway, port)
         roles = make_roles(config.gateway, config.policy.name, list(self._policies))
         policies = self._policies.items()
         answerers = [upstream_answerer(policy) for _, policy in policies if policy.is_upstream]
         models = {n: (self.base(n), 0) for n, policy in policies if not policy.is_upstream}
-        models |= versions or {}
+        models |= versions
         self.store = start_store(str(self._folder.spans), config.spans)
         self._at_end(self.store.close)
         self.queue = start_queue(job, config.rollouts, self._folder.path / "rollouts", self.store)
         for name, (folder, version) in models.items():
             # Their slow start runs while all else is waited for.
             self.groups[name] = self._engines(folder, name, models_of(roles, name), version)
+        # Closed after the workers have stopped, so before they are there.
+        self._at_end(partial(stop_gateway, job))
         if work:
             # There is nothing in the queue for them yet.
             self.workers = WorkerGroup(
@@ -165,9 +181,10 @@ class Parts:
         if models:
             answerers += self._start_models(models, roles, learn, learners_later)
         with self._progress.phase("starting the gateway and the rollout workers", slow=True):
-            # Both have limits of their own.
-            preparing.result()
-            self._at_end(partial(stop_gateway, job))
+            try:
+                preparing.result(SERVE_S)
+            except TimeoutError as error:
+                raise InfrastructureError(f"Ray Serve did not start in {SERVE_S:g} s") from error
             start_gateway(config.gateway, port, job, self.queue.actor, roles, answerers, self.store)
             if work:
                 self.workers.wait_started()
