@@ -27,7 +27,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is in a file stays in one process, and what trains has the machine to itself."""
+    """What is in a file stays in one process, and what trains has the machine to itself.
+
+    Files that share an engine come last: it would take the memory that training wants.
+    """
+    engine = {item.path for item in items if "shared_engine" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path in engine)
     for item in items:
         item.add_marker(pytest.mark.xdist_group(str(item.path)))
         if ROOT / "tests/end_to_end" in item.path.parents or item.get_closest_marker("slow"):

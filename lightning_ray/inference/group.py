@@ -126,7 +126,8 @@ class InferenceGroup:
                 # One that died has another in its place, which starts with this version; engines
                 # that took it on already are not disturbed.
                 tries -= 1
-                died = isinstance(error, ray.exceptions.RayActorError) and self._replace_dead(5.0)
+                ends = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+                died = isinstance(error, ends) and self._replace_dead(5.0)
                 if not died or not tries:
                     raise InfrastructureError(
                         f"an engine did not take on version {version}: {_cause(error)}"

@@ -198,7 +198,7 @@ class LearnerGroup:
             results: list[Any] = ray.get(references, timeout=max(0.0, timeout_s))
         except ray.exceptions.GetTimeoutError as error:
             raise InfrastructureError(f"waited {timeout_s:.0f} s for {what}") from error
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             self.lost = True
             raise PartLostError(f"a learner actor was lost during {what}: {error}") from error
         except ray.exceptions.RayTaskError as error:

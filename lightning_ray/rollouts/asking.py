@@ -11,6 +11,11 @@ from lightning_ray.errors import InfrastructureError, own_error
 
 RETRY_EVERY_S = 0.2
 TRY_S = 10.0
+_ENDS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.RayTaskError,
+    ray.exceptions.OutOfMemoryError,
+)
 """One try, at most, and at most a quarter of the time that there is. Ray may neither answer a call
 that meets its actor's death nor say that it is lost."""
 
@@ -37,7 +42,7 @@ def ask(
         except ray.exceptions.GetTimeoutError as error:
             if time.monotonic() >= deadline:
                 raise _late(what, timeout_s, why) from error
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+        except _ENDS as error:
             why = _again(error) or why
             if time.monotonic() > deadline:
                 raise _late(what, timeout_s, why) from error
@@ -58,7 +63,7 @@ async def ask_async(
         except TimeoutError as error:
             if time.monotonic() >= deadline:
                 raise _late(what, timeout_s, why) from error
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+        except _ENDS as error:
             why = _again(error) or why
             if time.monotonic() > deadline:
                 raise _late(what, timeout_s, why) from error
@@ -71,6 +76,9 @@ def _again(error: Exception) -> str:
     An actor that restarts is unavailable, not dead. Else raises what the queue raised, or
     InfrastructureError.
     """
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        # Ray ended its process, to have memory for others, and restarts it.
+        return ": its node was short of memory"
     own = own_error(error)
     if isinstance(own, RestartingError):
         return f": {own}"

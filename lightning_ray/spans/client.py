@@ -31,6 +31,8 @@ from lightning_ray.spans.store import SpanStore
 from lightning_ray.spans.store_stats import Heard, StoreStats
 
 RETRY_EVERY_S = 0.2
+_RESTARTS = (ray.exceptions.ActorUnavailableError, ray.exceptions.OutOfMemoryError)
+"""What a call meets whose shard has just died; of memory Ray may take from whom it likes."""
 SCAN_AHEAD = 4
 """Parts of a scan that are read before they are asked for."""
 TAIL_ROWS = 10_000
@@ -266,7 +268,7 @@ class SpanClient:
                 while True:
                     try:
                         return await call()
-                    except ray.exceptions.ActorUnavailableError:
+                    except _RESTARTS:
                         await asyncio.sleep(RETRY_EVERY_S)
         except TimeoutError as error:
             raise InfrastructureError(f"the span store {missing} for {limit:g} s") from error
@@ -282,7 +284,7 @@ class SpanClient:
         while True:
             try:
                 return ray.get(call(), timeout=max(0.0, deadline - time.monotonic()))
-            except ray.exceptions.ActorUnavailableError:
+            except _RESTARTS:
                 time.sleep(RETRY_EVERY_S)
             except ray.exceptions.GetTimeoutError as error:
                 raise InfrastructureError(f"the span store {missing} for {limit:g} s") from error

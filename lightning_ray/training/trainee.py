@@ -234,7 +234,10 @@ def built(ask: Callable[[], list["ray.ObjectRef"]], what: str) -> tuple[list["ra
             return asked, ray.get(asked[-1], timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.GetTimeoutError as error:
             raise InfrastructureError(f"{what} within {BATCH_TIMEOUT_S:g} s") from error
-        except ray.exceptions.ActorUnavailableError as error:
+        except (
+            ray.exceptions.ActorUnavailableError,
+            ray.exceptions.OutOfMemoryError,
+        ) as error:
             if time.monotonic() > deadline:
                 raise InfrastructureError(f"{what}: {error}") from error
             log.info("the batch maker is not there; asking again: %s", error)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_ray.algorithms import LossConfig
-from lightning_ray.errors import InfrastructureError, UserError
+from lightning_ray.errors import InfrastructureError, PartLostError, UserError
 from lightning_ray.learner import LearnerConfig, LearnerGroup
 from lightning_ray.learner.worker import LearnerWorker
 from lightning_ray.policies.handover import Checksum, Way
@@ -177,6 +177,18 @@ def test_what_goes_wrong_in_an_actor_is_told_in_one_line(ray_cluster, model_dir,
         group.stop()
     with pytest.raises(InfrastructureError, match="stopped"):
         group.logprobs(ray.put(batch()), TIMEOUT_S)
+
+
+def test_an_actor_whose_memory_was_needed_is_a_lost_one(monkeypatch):
+    def get(*_, **__):
+        raise ray.exceptions.OutOfMemoryError("1 worker was killed: the node is low on memory")
+
+    group = LearnerGroup.__new__(LearnerGroup)
+    group.lost = False
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(PartLostError, match="lost during its step: 1 worker was killed"):
+        group._get([], 1.0, "its step")
+    assert group.lost
 
 
 def test_a_model_folder_that_cannot_work_starts_no_actor(ray_cluster, tmp_path):

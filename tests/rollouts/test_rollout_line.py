@@ -89,6 +89,19 @@ def test_a_queue_that_is_gone_is_said_to_every_caller(queue: QueueClient) -> Non
     asyncio.run(run())
 
 
+def test_a_queue_whose_memory_was_needed_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([ray.exceptions.OutOfMemoryError("the node is low on memory"), 3])
+
+    def get(*_: object, **__: object) -> int:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "get", get)
+    assert ask(lambda: None, 30.0, "count") == 3  # type: ignore[arg-type,return-value]
+
+
 def test_a_call_that_is_never_answered_is_made_again(
     queue: QueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
