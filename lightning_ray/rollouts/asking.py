@@ -11,13 +11,14 @@ from lightning_ray.errors import InfrastructureError, own_error
 
 RETRY_EVERY_S = 0.2
 TRY_S = 10.0
+"""One try, at most, and at most a quarter of the time that there is. Ray may neither answer a call
+that meets its actor's death nor say that it is lost."""
 _ENDS = (
     ray.exceptions.RayActorError,
     ray.exceptions.RayTaskError,
     ray.exceptions.OutOfMemoryError,
 )
-"""One try, at most, and at most a quarter of the time that there is. Ray may neither answer a call
-that meets its actor's death nor say that it is lost."""
+"""What a call ends with that may have to be made again, see `_again`."""
 
 
 class RestartingError(InfrastructureError):
