@@ -9,6 +9,8 @@
 # make bench-learner-gpu   measures a step of the learner on a GPU, where PyTorch sees one
 # make bench-weights   measures handing new weights to an engine, by every way
 # make soak           trains for half an hour while something dies every minute
+# make bench-algorithms   trains with every algorithm, three seeds each; goes on where it was stopped
+# make bench-off-policy   trains on older and older samples, with and without correction
 # make bench-pipeline  measures asynchronous training beside synchronous
 # make bench-gateway   measures the gateway beside agentlightning 1.0's, and with nothing in between
 # make check   format, lint, types, and the direction of imports
@@ -20,7 +22,7 @@ FRAMEWORKS ?=
 # Where it is set, as in many containers, every process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-learner-gpu bench-step bench-weights bench-pipeline soak check format lock clean
+.PHONY: setup train test test-all test-frameworks bench-spans bench-gateway bench-learner bench-learner-gpu bench-step bench-weights bench-algorithms bench-off-policy bench-pipeline soak check format lock clean
 .DEFAULT_GOAL := train
 
 setup: $(VENV)/.ready
@@ -55,6 +57,12 @@ bench-weights: setup
 
 soak: setup
 	@$(VENV)/bin/python -m benchmarks.soak $(ARGS)
+
+bench-algorithms: setup
+	@$(VENV)/bin/python -m benchmarks.algorithms $(ARGS)
+
+bench-off-policy: setup
+	@$(VENV)/bin/python -m benchmarks.off_policy $(ARGS)
 
 bench-pipeline: setup
 	@$(VENV)/bin/python -m benchmarks.pipeline $(ARGS)

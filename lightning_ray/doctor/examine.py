@@ -29,6 +29,7 @@ from lightning_ray.doctor.running import check_running
 from lightning_ray.doctor.tap import Tap
 from lightning_ray.doctor.ungraded import SPEC as UNGRADED
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.policies.adapters import model_folder
 from lightning_ray.rollouts import RolloutSpec, WorkerGroup
 from lightning_ray.tracking import Progress
 from lightning_ray.training import Parts, RunFolder
@@ -56,7 +57,7 @@ class Doctor:
         self._progress = progress
         self._own_cluster = own_cluster
         self._stack = ExitStack()
-        self._template = chat_template(base, config.inference.chat_template)
+        self._template = chat_template(model_folder(base), config.inference.chat_template)
 
     def __enter__(self) -> "Doctor":
         """Starts the parts. Raises what `Parts.start` raises."""

@@ -18,6 +18,7 @@ from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.gate import WeightGate
 from lightning_ray.inference.meters import EngineMeters
 from lightning_ray.inference.recorder import CallRecorder
+from lightning_ray.policies.adapters import read_adapter
 from lightning_ray.policies.gpu_memory import place
 from lightning_ray.policies.handover import Handed
 from lightning_ray.spans import SpanClient
@@ -97,10 +98,17 @@ class InferenceEngine:
         if on_processor:
             forks.take_over()
         await self._written(self._model_dir)
-        arguments = vllm.server_arguments(self._model_dir, self._names, self._config)
+        adapter = read_adapter(Path(self._model_dir))
+        model_dir = self._model_dir if adapter is None else str(adapter.base)
+        arguments = vllm.server_arguments(model_dir, self._names, self._config)
         self._engine = vllm.make_engine(arguments)
-        self._engine.attach(self._recorder, self._gate, self._policy, self._config.update_timeout_s)
-        await vllm.name_version(self._engine, self._gate.version)
+        limit = self._config.update_timeout_s
+        self._engine.attach(self._recorder, self._gate, self._policy, limit)
+        if adapter is None:
+            await vllm.name_version(self._engine, self._gate.version)
+        else:
+            # vLLM has loaded the model that the adapter belongs to.
+            await vllm.load_weights(self._engine, self._model_dir, self._gate.version, limit)
         self._counting = asyncio.create_task(self._count())
         app = await vllm.make_app(self._engine, arguments, self._key)
         self._url = await self._serve(app)

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader import get_model_loader
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.policies.adapters import read_adapter
 from lightning_ray.policies.additions import with_additions
 from lightning_ray.policies.gpu_memory import GpuWeights, opened
 from lightning_ray.policies.handover import Checksum
@@ -41,11 +42,11 @@ class ReplaceWeights:
         scale: float = 0.0,
         gpu: Sequence[Any] = (),
     ) -> None:
-        """Replace the weights by those in a model folder, and all that was made from them.
+        """Replace the weights by those in a version's folder, and all that was made from them.
 
-        `file` holds the same weights in memory, where there is one: then that is read; and `gpu`,
-        the fields of a `GpuWeights`, in a GPU's memory. With a `base` either holds
-        additions to the weights of that folder, to be multiplied by `scale`.
+        It holds a whole model or an adapter. `file` holds the same weights in memory, where there
+        is one: then that is read; and `gpu`, the fields of a `GpuWeights`, in a GPU's memory. With
+        a `base` either holds additions to the weights of that folder, to be multiplied by `scale`.
         `digest` is the `Checksum` that what is read must have, if it is known. Raises
         InfrastructureError when it has another.
 
@@ -64,12 +65,16 @@ class ReplaceWeights:
                     self._replace(weights, folder, digest, base, scale)
                     return
             _wait_for(folder)
-            # Of additions the folder has no checksum: it holds the whole model.
-            self._replace(self._of_folder(folder), folder, "" if base else digest, "", 0.0)
         elif file:
             self._replace(_of_file(file), folder, digest, base, scale)
+            return
+        adapter = read_adapter(Path(folder))
+        if adapter is not None:
+            base, scale = str(adapter.base), adapter.scale
+            self._replace(adapter.additions(), folder, digest, base, scale)
         else:
-            self._replace(self._of_folder(folder), folder, digest, "", 0.0)
+            # Of additions a whole model has no checksum.
+            self._replace(self._of_folder(folder), folder, "" if base else digest, "", 0.0)
 
     def _replace(
         self,

@@ -12,6 +12,7 @@ from lightning_ray.errors import UserError
 from lightning_ray.evaluation import GateConfig
 from lightning_ray.jobs.compose import compose_config
 from lightning_ray.policies import PolicyRegistry, PolicyVersion
+from lightning_ray.policies.adapters import model_folder
 from lightning_ray.policies.models import resolve_model
 from lightning_ray.policies.registry import Weights
 from lightning_ray.tracking.store import default_uri
@@ -125,7 +126,7 @@ def _version_of(
             f"versions with weights: {usable or 'none'}"
         )
     version = found[0]
-    if version.kind != "weights":
+    if not version.is_model:
         raise UserError(f"{key}={word}: version {word} is a {version.kind}, not weights")
     if not _usable(version):
         why = (
@@ -171,7 +172,8 @@ def versions_of_models(
 def check_shapes(subject: Version, against: Version) -> None:
     """Engines take on weights of the shape they have. Raises UserError for others."""
     ours, theirs = (
-        json.loads((version.path / "config.json").read_text()) for version in (subject, against)
+        json.loads((model_folder(version.path) / "config.json").read_text())
+        for version in (subject, against)
     )
     for key in _SHAPE:
         if ours.get(key) != theirs.get(key):

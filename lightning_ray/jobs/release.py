@@ -100,7 +100,7 @@ def _show(releases: Releases, policy: str) -> None:
     shown = [v for v in versions if v in roles or v in list(versions)[-_SHOWN:]]
     for number in shown:
         version = versions[number]
-        there = version.path.is_dir() if version.kind == "weights" else True
+        there = version.path.is_dir() if version.is_model else True
         table.add_row(
             str(number),
             roles.get(number, ""),

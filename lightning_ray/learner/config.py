@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning_ray.errors import UserError
+from lightning_ray.policies.adapters import is_adapter
 
 DTYPES = ("auto", "bf16", "fp32")
 ZERO_STAGES = (0, 1, 2, 3)
@@ -157,6 +158,11 @@ def check_model_dir(model_dir: str | Path) -> Path:
     folder = Path(model_dir).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist; name a Hugging Face model folder")
+    if is_adapter(folder):
+        raise UserError(
+            f"{folder} is an adapter, and a whole model is trained; name the model that it belongs "
+            "to, or merge the two with peft first"
+        )
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError(f"model folder {folder} has no config.json; is it a Hugging Face model?")

@@ -5,14 +5,16 @@ trained and W is not. B is zero at the beginning, so the model is then what it w
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_ray.errors import UserError
 from lightning_ray.learner.config import LoraConfig
+from lightning_ray.policies.adapters import SETTINGS, WEIGHTS, peft_name
 from lightning_ray.policies.additions import factors, with_addition
 
 ADAPTER = "default"
@@ -80,17 +82,17 @@ def sent_names(weights: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def adapter_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The additions alone, under the names that peft and vLLM load them by."""
-    return {
-        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value
-        for name, value in weights.items()
-        if "lora_" in name
-    }
+def write_adapter(
+    folder: Path, sent: Mapping[str, Tensor], base: Path, config: LoraConfig, model: nn.Module
+) -> None:
+    """Writes an adapter's folder.
 
-
-def write_adapter_settings(folder: Path, base: Path, config: LoraConfig, model: nn.Module) -> None:
-    """Leaves the `adapter_config.json` that belongs to `adapter_weights`."""
+    Args:
+        sent: the factors, called as on their way (`sent_names`).
+        base: the folder of the model without them.
+        model: the model with them.
+    """
+    save_file({peft_name(name): value for name, value in sent.items()}, folder / WEIGHTS)
     settings = _settings(config).to_dict()
     # What was found stands there, not what was asked for: all-linear is no module's name.
     found = {
@@ -100,7 +102,7 @@ def write_adapter_settings(folder: Path, base: Path, config: LoraConfig, model: 
     }
     settings |= {"base_model_name_or_path": str(base), "target_modules": sorted(found)}
     plain = {name: value for name, value in settings.items() if not isinstance(value, set)}
-    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, default=str))
+    (folder / SETTINGS).write_text(json.dumps(plain, indent=2, default=str))
 
 
 def _settings(config: LoraConfig) -> Any:

@@ -10,11 +10,11 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_ray.errors import InfrastructureError
@@ -23,9 +23,6 @@ from lightning_ray.policies.gpu_memory import GpuMemory
 from lightning_ray.policies.handover import Checksum, Handed, Way
 
 log = logging.getLogger(__name__)
-
-Whole = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Makes all tensors of a checkpoint of those that were sent."""
 
 WEIGHTS = "model.safetensors"
 # The names of the types in a safetensors file.
@@ -131,6 +128,16 @@ def checkpoint_tensors(model: Any, weights: dict[str, Tensor]) -> dict[str, Tens
     return found
 
 
+@dataclass(frozen=True)
+class Additions:
+    """What is handed over is added to the base model's weights by whoever takes it on."""
+
+    scale: float
+    """What it is multiplied by."""
+    write: Callable[[Path, dict[str, Tensor]], None]
+    """Writes a version's files into a folder, of what was sent."""
+
+
 class Outgoing:
     """Hands versions over, one after the other."""
 
@@ -150,14 +157,13 @@ class Outgoing:
         target: Path,
         tensors: dict[str, Tensor],
         way: Way,
-        whole: Whole | None = None,
-        scale: float = 0.0,
+        additions: Additions | None = None,
     ) -> Handed:
         """Hands over the tensors of a checkpoint as the version of the folder `target`.
 
         On another way than `disk` the folder is there only after `settle`, which must have been
-        called for the version before. With `whole` the tensors are additions to the base's, which
-        are multiplied by `scale`; what it makes of them is what lies on disk.
+        called for the version before. With `additions` the tensors are such, and what these write
+        lies on disk.
         """
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -167,7 +173,7 @@ class Outgoing:
             self._memory = MemoryFile()
         memory = self._memory
         self._target = target
-        base = "" if whole is None else str(self._base)
+        base, scale = (str(self._base), additions.scale) if additions else ("", 0.0)
         if way is Way.gpu_memory:
             try:
                 digest, there = self._gpu.write(tensors)
@@ -176,13 +182,13 @@ class Outgoing:
                 way = Way.shared_memory
             else:
                 self._gpu_wanted = {"reader", "writer"}
-                self._write_beside(memory, partial, dtype, whole, digest)
+                self._write_beside(memory, partial, dtype, additions, digest)
                 return Handed(str(target), digest, nbytes, "", _node(), (), base, scale, there)
         digest = memory.write(tensors)
         if way is Way.disk:
-            self._write(memory, partial, dtype, whole)
+            self._write(memory, partial, dtype, additions)
             return Handed(str(target), digest, nbytes)
-        self._write_beside(memory, partial, dtype, whole)
+        self._write_beside(memory, partial, dtype, additions)
         data: tuple[Any, ...] = ()
         if way is Way.object_store:
             import ray
@@ -227,7 +233,7 @@ class Outgoing:
         memory: MemoryFile,
         partial: Path,
         dtype: str,
-        whole: Whole | None,
+        additions: Additions | None,
         in_gpu: str = "",
     ) -> None:
         """Writes what is in memory to disk; what a GPU has, of digest `in_gpu`, by way of it."""
@@ -238,11 +244,11 @@ class Outgoing:
             self._free("writer")
             if found != in_gpu:
                 raise InfrastructureError("what came from the GPU is not what was handed over")
-        if whole is None:
+        if additions is None:
             memory.copy_to(partial / WEIGHTS)
+            copy_companions(self._base, partial, dtype)
         else:
-            save_file(whole(memory.tensors), partial / WEIGHTS, {"format": "pt"})
-        copy_companions(self._base, partial, dtype)
+            additions.write(partial, memory.tensors)
         commit_folder(partial, self._target)
 
     def _write_quietly(self, *what: Any) -> None:

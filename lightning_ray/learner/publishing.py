@@ -1,6 +1,7 @@
 """Weights on their way out of the learner: gathered from all ranks, written as a model folder."""
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_ray.errors import UserError
 from lightning_ray.learner.config import LoraConfig
 from lightning_ray.learner.folders import commit_folder, copy_companions, partial_folder
 from lightning_ray.learner.lora import (
-    adapter_weights,
     merged_weights,
     scale_of,
     sent_names,
-    write_adapter_settings,
+    write_adapter,
 )
-from lightning_ray.learner.outgoing import Outgoing, checkpoint_tensors
+from lightning_ray.learner.outgoing import WEIGHTS, Additions, Outgoing, checkpoint_tensors
 from lightning_ray.policies.additions import weight_of
 from lightning_ray.policies.handover import Handed, Way
 
@@ -30,13 +31,22 @@ class Publisher:
     def __init__(
         self, model: Any, dtype: torch.dtype, rank: int, base: Path, lora: LoraConfig
     ) -> None:
-        """`model` is what learns, `base` the folder it was loaded from."""
+        """`model` is what learns, `base` the folder it was loaded from.
+
+        Raises UserError when an adapter is to be published to which `base` has no weights.
+        """
         self._model = model
         self._dtype = dtype
         self._first = rank == 0
         self._base = base
         self._lora = lora
+        self._adapter = bool(lora.rank) and lora.publish == "adapter"
         self._outgoing = Outgoing(base)
+        if self._adapter and not self._travelling(model.state_dict()):
+            raise UserError(
+                "learner.lora.publish=adapter: the files of this model name its weights otherwise "
+                "than the learner does, so that engines could not add to them; use merged"
+            )
 
     def publish(self, target: Path) -> None:
         """Writes a model folder, or that of an adapter; it is there afterwards."""
@@ -50,22 +60,40 @@ class Publisher:
     def hand_over(self, target: Path, way: Way) -> Handed | None:
         """Hands the model over; see `Outgoing.hand_over`. None but on the first rank.
 
-        Where it has low-rank additions, only their factors travel, but for disk.
+        Where it has low-rank additions, only their factors travel; by way of the disk where they
+        are what is published.
         """
         stays = way is Way.gpu_memory
         weights = whole_weights(self._model, self._dtype, self._first, False, not stays)
         handed = None
         if self._first:
-            if way is not Way.disk and (names := self._travelling(weights)):
+            small = way is not Way.disk or self._adapter
+            if small and (names := self._travelling(weights)):
                 sent = {name: weights[here] for here, name in names.items()}
-                # What is not sent is not trained: it is the same when that thread comes to it.
-                whole = functools.partial(self._whole, weights, names)
-                scale = scale_of(self._lora)
-                handed = self._outgoing.hand_over(target, sent, way, whole, scale)
+                write = self._write_adapter
+                if not self._adapter:
+                    # What is not sent is not trained: it is the same when that thread comes to it.
+                    write = functools.partial(self._write_whole, weights, names)
+                additions = Additions(scale_of(self._lora), write)
+                handed = self._outgoing.hand_over(target, sent, way, additions)
             else:
                 handed = self._outgoing.hand_over(target, self._whole(weights, {}, {}), way)
         torch.distributed.barrier()
         return handed
+
+    def _write_adapter(self, folder: Path, sent: dict[str, Tensor]) -> None:
+        write_adapter(folder, sent, self._base, self._lora, self._model)
+
+    def _write_whole(
+        self,
+        weights: dict[str, Tensor],
+        names: dict[str, str],
+        folder: Path,
+        sent: dict[str, Tensor],
+    ) -> None:
+        whole = self._whole(weights, names, sent)
+        save_file(whole, folder / WEIGHTS, {"format": "pt"})
+        copy_companions(self._base, folder, _named(self._dtype))
 
     def _whole(
         self, weights: dict[str, Tensor], names: dict[str, str], sent: dict[str, Tensor]
@@ -77,7 +105,7 @@ class Publisher:
             weights = merged_weights(_on_cpu(weights), self._lora)
         return checkpoint_tensors(self._model, weights)
 
-    def _travelling(self, weights: dict[str, Tensor]) -> dict[str, str]:
+    def _travelling(self, weights: Iterable[str]) -> dict[str, str]:
         """How the factors are called on their way, by their names here.
 
         Empty where they cannot travel by themselves: without additions, and where the base's own
@@ -104,6 +132,10 @@ class Publisher:
     def settle(self, timeout_s: float) -> None:
         """Waits until what was handed over lies on disk; see `Outgoing.settle`."""
         self._outgoing.settle(timeout_s)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,12 +182,12 @@ def write_model(
         base: the folder that the model was loaded from.
         lora: says whether there are additions, and in which form they are published.
     """
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = next(iter(weights.values())).dtype
     if lora.rank:
         if lora.publish == "adapter":
-            save_file(adapter_weights(weights), folder / "adapter_model.safetensors")
-            write_adapter_settings(folder, base, lora, model)
+            sent = {name: weights[here] for here, name in sent_names(weights).items()}
+            write_adapter(folder, sent, base, lora, model)
             return
         weights = merged_weights(weights, lora)
     model.save_pretrained(folder, state_dict=weights)
-    copy_companions(base, folder, dtype)
+    copy_companions(base, folder, _named(dtype))

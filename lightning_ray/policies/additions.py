@@ -20,9 +20,15 @@ def factors(weight: str) -> tuple[str, str]:
     return weight + _DOWN, weight + _UP
 
 
+def factor_parts(factor: str) -> tuple[str, int]:
+    """The weight whose addition a factor is part of, and which one it is: 0 is A, 1 is B."""
+    weight, _, kind = factor.rpartition(".")
+    return weight, (_DOWN, _UP).index(f".{kind}")
+
+
 def weight_of(factor: str) -> str:
     """The weight whose addition a factor is part of."""
-    return factor.rpartition(".")[0]
+    return factor_parts(factor)[0]
 
 
 def with_addition(weight: "Tensor", down: "Tensor", up: "Tensor", scale: float) -> "Tensor":

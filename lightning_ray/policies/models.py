@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lightning_ray.cache import cache_root
 from lightning_ray.errors import UserError
+from lightning_ray.policies.adapters import read_adapter
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,17 @@ def resolve_model(name: str) -> Path:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises UserError naming the first file that a language model needs and `folder` lacks."""
+    """Raises UserError naming the first file that a language model needs and `folder` lacks.
+
+    For an adapter that is what its model's folder lacks.
+    """
 
     def lacking(what: str) -> UserError:
         return UserError(f"model folder {folder} lacks {what}; copy it there or name another model")
 
+    if (adapter := read_adapter(folder)) is not None:
+        check_model_folder(adapter.base)
+        return
     config = folder / "config.json"
     if not config.is_file():
         raise lacking("config.json")

@@ -52,7 +52,8 @@ class PolicyVersion:
     step: int
     """The training step after which it was made; 0 for the base."""
     kind: str = "weights"
-    """What it consists of; "weights" is a Hugging Face folder of the full model."""
+    """What it consists of: "weights" is a Hugging Face folder of the full model, "adapter" one of
+    additions to a model that lies elsewhere."""
     created_by: str = ""
     """What made it, in words."""
     digest: str | None = None
@@ -61,6 +62,11 @@ class PolicyVersion:
     """The model that version 0 is, as the user named it."""
     weights: Weights = Weights.PRESENT
     """Set by the registry."""
+
+    @property
+    def is_model(self) -> bool:
+        """Whether engines can load it from its folder."""
+        return self.kind in ("weights", "adapter")
 
 
 class PolicyRegistry:

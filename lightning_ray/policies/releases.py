@@ -155,9 +155,7 @@ class Releases:
             raise UserError(
                 f"policy {policy} has no version {name!r}; it has {_span(list(versions))}"
             )
-        if version.kind == "weights" and (
-            version.weights is Weights.REMOVED or not version.path.is_dir()
-        ):
+        if version.is_model and (version.weights is Weights.REMOVED or not version.path.is_dir()):
             raise UserError(
                 f"the weights of version {number} of {policy} are no longer in {version.path}; "
                 "choose another version"

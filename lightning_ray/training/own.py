@@ -82,10 +82,6 @@ def check_own(own: Own) -> None:
             "place of groups with one reward throughout, which teach here as well; set it to 0"
         )
     check_learner(own.learner)
-    if own.learner.lora.rank and own.learner.lora.publish != "merged":
-        raise UserError(
-            "learner.lora.publish=adapter: the engines of a job load whole models; use merged"
-        )
 
 
 def _has_critic(algorithm: Algorithm) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning_ray.learner import LearnerGroup
 from lightning_ray.policies import PolicyConfig, PolicyRegistry, PolicyVersion, Releases, prune
+from lightning_ray.policies.adapters import is_adapter
 from lightning_ray.training.folder import RunFolder
 
 PUBLISH_TIMEOUT_S = 300.0
@@ -43,6 +44,7 @@ class Versions:
                 created_by=created_by,
                 digest=digest,
                 base_model=self._policy.model,
+                kind="adapter" if is_adapter(path) else "weights",
             )
         )
 

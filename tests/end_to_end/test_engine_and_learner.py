@@ -316,34 +316,41 @@ def test_weights_arrive_by_every_way_as_they_were_sent(stack, tmp_path, way):
 
 
 @pytest.mark.slow
-def test_of_additions_only_the_factors_arrive(stack, tmp_path):
+@pytest.mark.parametrize("publish", ["merged", "adapter"])
+def test_of_additions_only_the_factors_arrive(stack, tmp_path, publish):
     """The engine adds them to the base; its logprobs are then the learner's."""
     config: TrainConfig = compose_config("train", TrainConfig, ["experiment=calculator"])
     config.learner.learning_rate = 2e-3
     config.learner.lora.rank = 8
+    config.learner.lora.publish = publish
     learner = LearnerGroup(config.learner, stack.shared.base, "additions")
     try:
-        for way in (Way.shared_memory, Way.object_store):
-            batch = stack.sample(f"added-{way}", 8)
+        for way in (Way.shared_memory, Way.object_store, Way.disk):
+            if way is Way.disk and publish == "merged":
+                continue
+            batch = stack.sample(f"added-{publish}-{way}", 8)
             worth = {a: float(n % 2) for n, a in enumerate(batch["attempt_id"].to_pylist())}
             batch = ray.put(with_advantages(batch, worth))
             assert learner.step(batch, LossConfig(), 300).skipped is None
             folder, version = tmp_path / way, stack.shared.version + 1
             handed = learner.hand_over(folder, way, 120)
-            assert handed.base == str(stack.shared.base)
+            assert handed.base == ("" if way is Way.disk else str(stack.shared.base))
             stack.engines.update_weights(
                 str(folder), version, handed=handed, by_store=way is Way.object_store
             )
             stack.shared.version = version
-            sample = stack.sample(f"with-{way}", 12)
+            sample = stack.sample(f"with-{publish}-{way}", 12)
             agreed, apart = stack.difference(sample, learner), stack.difference(sample)
             print(f"{way}: {agreed:.4f} from the learner, {apart:.4f} from another")
             assert agreed <= AGREED < apart
             learner.settle(120)
-            assert handed.nbytes < (folder / "model.safetensors").stat().st_size / 20
+            whole = (stack.shared.base / "model.safetensors").stat().st_size
+            assert handed.nbytes < whole / 10
+            on_disk = sum(path.stat().st_size for path in folder.iterdir())
+            assert on_disk < whole / 10 if publish == "adapter" else on_disk > whole
         # Read from the folder they are the same.
         stack.shared.take_on(folder)
-        assert stack.difference(stack.sample("from-folder", 12), learner) <= AGREED
+        assert stack.difference(stack.sample(f"from-{publish}", 12), learner) <= AGREED
     finally:
         learner.stop()
         stack.shared.take_on(stack.shared.base)

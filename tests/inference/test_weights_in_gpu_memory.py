@@ -1,14 +1,18 @@
 """What an engine's worker does with weights in a GPU's memory, the GPU itself left out."""
 
+import json
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from lightning_ray.errors import InfrastructureError
 from lightning_ray.inference import worker_extension
+from lightning_ray.policies.adapters import SETTINGS, peft_name
+from lightning_ray.policies.adapters import WEIGHTS as WEIGHTS_FILE
 from lightning_ray.policies.gpu_memory import GpuWeights
 from lightning_ray.policies.handover import Checksum, Way, shortest_way
 
@@ -98,6 +102,27 @@ def test_what_cannot_be_opened_is_read_from_the_folder(shared, tmp_path):
     # Of additions the digest is not that of the folder, which has the whole model.
     worker.replace_weights(str(tmp_path / "v1"), "", "other", "base", 0.5, as_received())
     assert worker.read == [str(tmp_path / "v1")] and "folder" in worker.loaded
+
+
+def test_of_an_adapters_folder_what_is_read_is_checked_and_added(shared, tmp_path):
+    shared["tensors"] = None
+    base, folder = tmp_path / "base", tmp_path / "v1"
+    base.mkdir()
+    folder.mkdir()
+    sent = {
+        "a.weight.lora_A": torch.ones(1, 2),
+        "a.weight.lora_B": torch.full((2, 1), 3.0),
+    }
+    save_file({peft_name(name): value for name, value in sent.items()}, folder / WEIGHTS_FILE)
+    settings = {"r": 2, "lora_alpha": 1.0, "base_model_name_or_path": str(base)}
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    for gpu in ((), as_received()):
+        worker = Worker()
+        worker.replace_weights(str(folder), "", digest_of(sent), "", 0.0, gpu)
+        assert worker.read == [str(base)]
+        assert torch.equal(worker.loaded["a.weight"], torch.full((2, 2), 1.5))
+    with pytest.raises(InfrastructureError, match="did not arrive as they were sent"):
+        Worker().replace_weights(str(folder), "", digest_of({}))
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.learner import publishing
 from lightning_ray.learner.config import LoraConfig
 from lightning_ray.learner.lora import merged_weights
+from lightning_ray.policies.adapters import read_adapter
 from lightning_ray.policies.additions import factors, weight_of, with_additions
-from lightning_ray.policies.handover import Way
+from lightning_ray.policies.handover import Checksum, Way
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 STEPS = 3
@@ -113,6 +114,41 @@ def test_the_factors_travel_and_the_whole_model_lies_on_disk(
         assert all(torch.equal(written[name], found[name]) for name in written)
         whole = sum(tensor.nbytes for tensor in written.values())
         assert handed.nbytes == sum(tensor.nbytes for tensor in sent.values()) < whole / 3
+
+
+@pytest.mark.parametrize("way", [Way.shared_memory, Way.disk])
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(0, "fp32"), (3, "bf16")])
+def test_an_adapter_is_handed_over_and_is_all_that_lies_on_disk(
+    model_dir, tmp_path, zero_stage, dtype, way
+) -> None:
+    """To the bit: what is read of its folder, and checked, is what was sent."""
+    lora = dataclasses.replace(LORA, publish="adapter")
+    worker = trained(model_dir, lora=lora, zero_stage=zero_stage, dtype=dtype)
+    worker.publish(str(tmp_path / "published"))
+    handed = worker.hand_over(str(tmp_path / "handed"), way)
+    worker.settle(30.0)
+    found = [read_adapter(tmp_path / name) for name in ("published", "handed")]
+    assert all(one is not None and one.base == model_dir and one.scale == 2.0 for one in found)
+    published, again = (dict(one.additions()) for one in found if one is not None)
+    assert published.keys() == again.keys()
+    assert all(torch.equal(again[name], published[name]) for name in published)
+    checksum = Checksum()
+    assert len(list(checksum.through(again.items()))) == len(published)
+    assert checksum.hexdigest() == handed.digest
+    assert handed.base == ("" if way is Way.disk else str(model_dir))
+    assert sorted(path.name for path in (tmp_path / "handed").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_an_adapter_to_a_base_with_other_names_is_refused(model_dir, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    renamed = {f"x.{n}": t for n, t in load_file(base / "model.safetensors").items()}
+    save_file(renamed, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"learner.lora.publish=adapter: .* use merged"):
+        start(base, lora=dataclasses.replace(LORA, publish="adapter"))
 
 
 def test_where_the_base_has_other_names_the_whole_model_travels(model_dir, tmp_path) -> None:
