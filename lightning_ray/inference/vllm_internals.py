@@ -289,8 +289,7 @@ async def load_weights(
             await engine.pause_generation(mode="keep", clear_cache=True)
             # A bare load_weights would leave what a CPU computes with, packed at the start.
             what: tuple[Any, ...] = ()
-            if handed is not None and (file or in_gpu or not handed.base):
-                # Of additions that are not at hand the folder has no checksum.
+            if handed is not None:
                 what = (handed.digest, handed.base, handed.scale)
             if in_gpu and handed is not None and handed.gpu is not None:
                 what = (*what, astuple(handed.gpu))

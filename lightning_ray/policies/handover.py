@@ -9,11 +9,12 @@ There is one interface and there are four ways, and on each the engines check wh
 - `object_store`: the same bytes through Ray's object store, once for each node.
 
 Of a model with low-rank additions only their factors travel, by way of the disk where they are all
-that is published; whoever takes them on adds them to the base model's weights. An engine that can read neither memory nor object store, for
-it is on another node than `shared_memory` reaches, or on another GPU, reads the folder: of these
-without a checksum.
+that is published; whoever takes them on adds them to the base model's weights. An engine that can
+read neither memory nor object store, for it is on another node than `shared_memory` reaches, or on
+another GPU, reads the folder: of a whole model without a checksum.
 
-Whatever the way, the folder is written too, for the registry and for engines that start later; but for `disk` that goes on while the engines answer already.
+Whatever the way, the folder is written too, for the registry and for engines that start later; but
+for `disk` that goes on while the engines answer already.
 """
 
 import hashlib

@@ -116,9 +116,9 @@ def test_of_an_adapters_folder_what_is_read_is_checked_and_added(shared, tmp_pat
     save_file({peft_name(name): value for name, value in sent.items()}, folder / WEIGHTS_FILE)
     settings = {"r": 2, "lora_alpha": 1.0, "base_model_name_or_path": str(base)}
     (folder / SETTINGS).write_text(json.dumps(settings))
-    for gpu in ((), as_received()):
+    for gpu, handed in ((), ("", 0.0)), ((), (str(base), 0.5)), (as_received(), (str(base), 0.5)):
         worker = Worker()
-        worker.replace_weights(str(folder), "", digest_of(sent), "", 0.0, gpu)
+        worker.replace_weights(str(folder), "", digest_of(sent), *handed, gpu)
         assert worker.read == [str(base)]
         assert torch.equal(worker.loaded["a.weight"], torch.full((2, 2), 1.5))
     with pytest.raises(InfrastructureError, match="did not arrive as they were sent"):
