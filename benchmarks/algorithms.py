@@ -3,7 +3,7 @@
     make bench-algorithms
     make bench-algorithms ARGS="--only grpo rloo --seeds 1"
 
-A dozen steps of half the tasks each, with the loss and the credit that the algorithm is published
+Six steps of half the tasks each, with the loss and the credit that the algorithm is published
 with; held-out score before and after, three seeds. It takes hours, and goes on where it was
 stopped. No score makes it fail.
 """
@@ -20,7 +20,7 @@ from benchmarks import report  # noqa: E402
 from benchmarks.grid import Grid, Ran  # noqa: E402
 from benchmarks.report import Claim, Result  # noqa: E402
 
-STEPS = int(os.environ.get("BENCH_STEPS", "12"))
+STEPS = int(os.environ.get("BENCH_STEPS", "6"))
 NAMES = (
     "grpo",
     "dr_grpo",
