@@ -144,9 +144,15 @@ def one_run(settings: Sequence[str]) -> Ran:
         "used": sum(row["groups_used"] for row in history),
         "stale": sum(row["groups_stale"] for row in history),
         "staleness": statistics.fmean(row["staleness"] for row in history),
-        "masked": statistics.fmean(row["masked_fraction"] for row in history),
-        "logprob_difference": statistics.fmean(row["logprob_abs_difference"] for row in history),
+        "masked": _mean(history, "masked_fraction"),
+        "logprob_difference": _mean(history, "logprob_abs_difference"),
     }
+
+
+def _mean(history: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """Over the steps that had something to learn; None where none had."""
+    found = [row[name] for row in history if name in row]
+    return statistics.fmean(found) if found else None
 
 
 def _commit() -> str | None:
