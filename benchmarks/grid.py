@@ -159,10 +159,19 @@ def _mean(history: Sequence[Mapping[str, float]], name: str) -> float | None:
 
 
 def _commit() -> str | None:
-    """What is checked out, marked where it was changed; None where this is no git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    """What is checked out, marked where it was changed; None where this is no git checkout.
+
+    The results are left out of it: after the first run of a grid they always are changed.
+    """
+    head = _git("rev-parse", "--short=12", "HEAD").stdout.strip()
+    changes = _git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results").returncode
+    return f"{head}-dirty" if head and changes else head or None
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def table(done: Mapping[str, Sequence[Ran]]) -> str:
