@@ -63,7 +63,7 @@ def simulate(
 ) -> Simulated:
     """Runs `steps` steps of `batch` groups of `samples` rollouts on so many workers."""
     chance = random.Random(seed)
-    hand = Hand(batch, staleness, steps, extra_rounds=0)
+    hand = Hand(batch, staleness, steps, extra_rounds=0, past_the_end=True)
     now = driver_s = 0.0
     wakes = position = trained = 0
     queued: list[RolloutSpec] = []

@@ -159,6 +159,9 @@ class Conductor:
                         # Two that died together, or one that died meanwhile.
                         lost = another
                 flow = self._flow()
+        if left := flow.abandon():
+            # A run that is resumed with more steps does them again.
+            self._progress.note(f"cancelled {left} tasks that were begun past the last step")
         self._scores.finish(self.state.history, self._mend)
 
     def evaluate(self) -> HeldoutReport | None:

@@ -39,6 +39,10 @@ class TrainingConfig:
     """Most updates of the weights between a token and the step that learns from it. 0: the next
     rollouts begin when a step is done; above, they go on while the learner learns, and a group
     with older tokens is dropped."""
+    past_the_end: bool = True
+    """With staleness above 0, tasks beyond the last step are begun as well, so that the last steps
+    do not wait for the slowest rollouts of the run; what is left of them at the end is cancelled:
+    at most staleness x tasks_per_step tasks."""
     weights: Way = Way.auto
     """How new weights go from the learner to the engines: auto, disk, gpu_memory,
     shared_memory or object_store."""

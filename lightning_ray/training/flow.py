@@ -75,6 +75,7 @@ class Flow:
             training.staleness,
             training.steps,
             config.algorithm.extra_rounds,
+            training.past_the_end,
         )
         # Rollouts of a step that is done again after a resume must not be taken for the first ones.
         self._session = secrets.token_hex(3)
@@ -93,12 +94,13 @@ class Flow:
         """Positions that were admitted, and neither taken nor dropped."""
         return sorted([*self._again, *(group.position for group in self._hand.groups)])
 
-    def abandon(self) -> None:
-        """Cancels all that is under way: another flow does it again."""
+    def abandon(self) -> int:
+        """Cancels all that is under way, and says how many groups that were; another flow does them
+        again."""
         groups = self._hand.groups
         names = [spec.rollout_id for group in groups for spec in group.specs]
         if not names:
-            return
+            return 0
         self._queue.cancel(names)
         ended = self._queue.wait(names, CANCEL_S)
         if len(ended) < len(names):
@@ -107,6 +109,7 @@ class Flow:
                 "were cancelled"
             )
         self._forget(groups)
+        return len(groups)
 
     def admit(self, step: int) -> None:
         """Queues as many groups as there is room for when `step` steps have been trained."""

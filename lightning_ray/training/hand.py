@@ -41,18 +41,28 @@ class FlowGroup:
 class Hand:
     """Groups that run, that are ready, and that others were admitted for."""
 
-    def __init__(self, batch: int, staleness: int, steps: int, extra_rounds: int):
+    def __init__(
+        self,
+        batch: int,
+        staleness: int,
+        steps: int,
+        extra_rounds: int,
+        past_the_end: bool = False,
+    ):
         """
         Args:
             batch: groups that a step trains on.
             staleness: most updates of the weights between a token and the step that learns from it.
-            steps: the steps of the whole run: no more is admitted than they need.
+            steps: the steps of the whole run.
             extra_rounds: the most batches of other tasks a step, in place of groups without
                 contrast (dynamic sampling: DAPO, Yu et al., 2025, arXiv:2503.14476, section 3.2).
+            past_the_end: as many are in hand in the last steps as in any other, so that these do
+                not wait for the slowest of all; else no more is admitted than the steps need.
         """
         self._batch = batch
         self._staleness = staleness
         self._steps = steps
+        self._past_the_end = past_the_end
         self._most_extra = extra_rounds * batch
         self._extra = 0
         self.running: list[FlowGroup] = []
@@ -68,7 +78,10 @@ class Hand:
 
     def room(self, step: int) -> int:
         """How many groups may be admitted when `step` steps have been trained."""
-        most = min(self._staleness + 1, self._steps - step) * self._batch
+        needed = self._steps - step
+        if needed > 0 and self._past_the_end:
+            needed = self._staleness + 1
+        most = min(self._staleness + 1, needed) * self._batch
         return max(most - len(self.running) - len(self.ready), 0)
 
     def add(self, group: FlowGroup) -> None:

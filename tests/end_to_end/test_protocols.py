@@ -159,8 +159,7 @@ QUICK_STREAMED = {
     "chat",
     "chat schema",
     "chat logprobs",
-    "completions logprobs",
-    "responses tools",
+    "responses",
     "messages stop",
     "messages tools",
 }

@@ -48,11 +48,18 @@ def ended(spec: RolloutSpec, reward: float | None) -> RolloutRecord:
     st.integers(1, 5),
     st.integers(0, 2),
     st.integers(1, 3),
+    st.booleans(),
 )
 def test_however_rollouts_end_each_task_is_taken_once_and_no_more_is_in_hand_than_staleness_allows(
-    data: st.DataObject, batch: int, staleness: int, steps: int, rounds: int, samples: int
+    data: st.DataObject,
+    batch: int,
+    staleness: int,
+    steps: int,
+    rounds: int,
+    samples: int,
+    past_the_end: bool,
 ) -> None:
-    hand = Hand(batch, staleness, steps, rounds)
+    hand = Hand(batch, staleness, steps, rounds, past_the_end)
     rewards: dict[str, float | None] = {}
     position, trained, seen = 0, 0, []
     while trained < steps:
@@ -61,7 +68,7 @@ def test_however_rollouts_end_each_task_is_taken_once_and_no_more_is_in_hand_tha
             position += 1
         in_hand = len(hand.running) + len(hand.ready)
         assert trained * batch + in_hand <= (staleness + trained + 1) * batch
-        assert in_hand <= (steps - trained) * batch
+        assert in_hand <= (steps - trained) * batch or past_the_end
         if hand.running and len(hand.next_batch()) < batch:
             # Fewer endings than it says can never complete a batch.
             few = hand.fewest()
@@ -84,14 +91,23 @@ def test_however_rollouts_end_each_task_is_taken_once_and_no_more_is_in_hand_tha
         assert contrast == batch or len(taken) == batch * (1 + rounds)
         seen += [one.position for one in taken]
         trained += 1
-    assert len(seen) == len(set(seen)) and not hand.running and not hand.ready
-    assert sorted(seen) == list(range(position))
+    assert hand.room(trained) == 0
+    left = [one.position for one in hand.groups]
+    assert len(left) <= (staleness * batch if past_the_end else 0)
+    assert sorted(seen + left) == list(range(position))
 
 
 class Bench:
     """A flow over a real queue, whose rollouts the test ends by hand."""
 
-    def __init__(self, folder: Path, staleness: int, steps: int = 6, timeout_s: float = 60):
+    def __init__(
+        self,
+        folder: Path,
+        staleness: int,
+        steps: int = 6,
+        timeout_s: float = 60,
+        past_the_end: bool = True,
+    ):
         self.config: TrainConfig = compose_config(
             "train",
             TrainConfig,
@@ -101,6 +117,7 @@ class Bench:
                 "algorithm.group_size=2",
                 f"training.staleness={staleness}",
                 f"training.steps={steps}",
+                f"training.past_the_end={past_the_end}",
                 f"rollouts.batch_timeout_s={timeout_s}",
             ],
         )
@@ -220,6 +237,30 @@ def test_a_group_with_tokens_that_are_too_old_is_dropped_and_counted(bench: type
     assert taken.stale == 1
     assert one.order.take(0, 1)[0].id not in {r.spec.task_id for r in taken.records}
     assert 0 not in one.flow.in_hand
+
+
+@pytest.mark.parametrize("past_the_end", [True, False])
+def test_the_last_step_waits_for_the_slowest_only_if_told_to(
+    bench: type[Bench], past_the_end: bool
+) -> None:
+    one = bench(staleness=1, steps=2, past_the_end=past_the_end)
+    one.flow.admit(0)
+    running = one.lease(0)
+    one.end(running[2:6])
+    one.flow.take(0, one.behind(0))
+    one.flow.admit(1)
+    later = one.lease(1)
+    assert len(later) == (4 if past_the_end else 0)
+    # The first task is slow: another one's rollouts may take the place of its own.
+    one.end([*running[6:], *later[:2]] if past_the_end else [*running[:2], *running[6:]])
+    taken = one.flow.take(1, one.behind(1))
+    places = (3, 4) if past_the_end else (0, 3)
+    wanted = [one.order.take(place, 1)[0].id for place in places]
+    assert [r.spec.task_id for r in taken.records[::2]] == wanted
+    one.flow.admit(2)
+    assert one.lease(2) == []
+    assert one.flow.in_hand == ([0, 5] if past_the_end else [])
+    assert one.flow.abandon() == (2 if past_the_end else 0)
 
 
 def test_what_does_not_end_in_time_is_cancelled_and_the_step_goes_on(bench: type[Bench]) -> None:
