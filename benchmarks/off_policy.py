@@ -3,7 +3,7 @@
     make bench-off-policy
     make bench-off-policy ARGS="--only 0_none 4_none 4_token_truncate"
 
-The default experiment with RLOO, whose loss has no ratio in it, so that nothing else corrects:
+The default experiment, half the tasks a step, with RLOO, whose loss has no ratio in it, so that nothing else corrects:
 at `training.staleness` 0, 1, 2 and 4, plain and with token-level truncated importance sampling. It
 goes on where it was stopped. No score makes it fail.
 """
@@ -47,6 +47,7 @@ OFF_POLICY = Grid(
         "algorithm=rloo",
         f"training.steps={STEPS}",
         f"training.checkpoint_every={STEPS}",
+        "training.tasks_per_step=4",
         "learner.learning_rate=2e-5",
     ],
     cells={

@@ -39,7 +39,7 @@ STEPS = int(os.environ.get("BENCH_STEPS", "16"))
 TASKS, SAMPLES = 4, 8
 SLOTS = TASKS * SAMPLES * (STALENESS + 1)
 """Agents at a time: enough for all that may be in hand, for both."""
-MEDIAN_S, SIGMA = 6.0, 1.0
+MEDIAN_S, SIGMA = 3.0, 1.0
 WORKERS = (8, 32, 128, 512, 2048, 4096)
 PICTURE = ROOT / "docs" / "images" / "pipeline.png"
 
