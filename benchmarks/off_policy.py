@@ -3,9 +3,9 @@
     make bench-off-policy
     make bench-off-policy ARGS="--only 0_none 4_none 4_token_truncate"
 
-The default experiment, half the tasks a step, with RLOO, whose loss has no ratio in it, so that nothing else corrects:
-at `training.staleness` 0, 1, 2 and 4, plain and with token-level truncated importance sampling. It
-goes on where it was stopped. No score makes it fail.
+The default experiment, half the tasks a step, with RLOO, whose loss has no ratio in it, so that
+nothing else corrects: at `training.staleness` 0, 1, 2 and 4, plain and with token-level truncated
+importance sampling. It goes on where it was stopped. No score makes it fail.
 """
 
 import os
