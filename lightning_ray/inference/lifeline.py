@@ -24,6 +24,10 @@ BLOCK_TOKENS = "LIGHTNING_RAY_BLOCK_TOKENS"
 """Set to what the blocks of a processor's cache may be multiples of, tokens, where vLLM's own 32 is
 too much."""
 
+LOOK_EVERY_MS = 10
+"""Who waits asleep looks this often whether there is something after all: no more than a hundredth
+of a processor's time."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -40,11 +44,16 @@ def wait_asleep(spin_s: float) -> None:
     """Messages between vLLM's processes are waited for awake for `spin_s`, and then asleep.
 
     Waking takes a tenth of a millisecond; a forward pass on a processor takes a hundred times that.
+
+    vLLM may lose what is to wake a sleeper: it keeps one such word on its way at a time, and drops
+    another that is sent before the first was read. It looks for itself every 5 s, for as long as
+    which an engine would stand still.
     """
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    from vllm.distributed.device_communicators import shm_broadcast
 
     # Of `busy_loop_s`, its one parameter with a default, which nobody passes.
-    SpinCondition.__init__.__defaults__ = (spin_s,)
+    shm_broadcast.SpinCondition.__init__.__defaults__ = (spin_s,)
+    shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = LOOK_EVERY_MS
 
 
 def keep_blocks_of(tokens: int) -> None:
