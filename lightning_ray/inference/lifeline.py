@@ -34,6 +34,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def teach() -> None:
     """vLLM calls this early in each of its processes."""
     tie()
+    if os.environ.get(LIFELINE) == "1":
+        look_often()
     if SPIN in os.environ:
         wait_asleep(float(os.environ[SPIN]))
     if BLOCK_TOKENS in os.environ:
@@ -44,6 +46,15 @@ def wait_asleep(spin_s: float) -> None:
     """Messages between vLLM's processes are waited for awake for `spin_s`, and then asleep.
 
     Waking takes a tenth of a millisecond; a forward pass on a processor takes a hundred times that.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    # Of `busy_loop_s`, its one parameter with a default, which nobody passes.
+    SpinCondition.__init__.__defaults__ = (spin_s,)
+
+
+def look_often() -> None:
+    """Who waits asleep for a message looks for itself every LOOK_EVERY_MS.
 
     vLLM may lose what is to wake a sleeper: it keeps one such word on its way at a time, and drops
     another that is sent before the first was read. It looks for itself every 5 s, for as long as
@@ -51,8 +62,6 @@ def wait_asleep(spin_s: float) -> None:
     """
     from vllm.distributed.device_communicators import shm_broadcast
 
-    # Of `busy_loop_s`, its one parameter with a default, which nobody passes.
-    shm_broadcast.SpinCondition.__init__.__defaults__ = (spin_s,)
     shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = LOOK_EVERY_MS
 
 

@@ -8,7 +8,7 @@ import pytest
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.distributed.device_communicators.shm_broadcast import MessageQueue, SpinCondition
 
-from lightning_ray.inference.lifeline import wait_asleep
+from lightning_ray.inference.lifeline import look_often, wait_asleep
 
 
 @pytest.fixture
@@ -18,6 +18,7 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kept = shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS
     monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", kept)
     wait_asleep(0.0005)
+    look_often()
     yield
     SpinCondition.__init__.__defaults__ = defaults
 
