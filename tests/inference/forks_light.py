@@ -26,6 +26,6 @@ def have_told(pipe: Connection) -> None:
 
 def stay(pipe: Connection) -> None:
     """Says who it is, and goes on for ever."""
-    lifeline.teach()
+    lifeline.tie()
     pipe.send((os.getppid(), os.getpid()))
     time.sleep(600)
