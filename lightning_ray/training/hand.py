@@ -78,10 +78,11 @@ class Hand:
 
     def room(self, step: int) -> int:
         """How many groups may be admitted when `step` steps have been trained."""
-        needed = self._steps - step
-        if needed > 0 and self._past_the_end:
-            needed = self._staleness + 1
-        most = min(self._staleness + 1, needed) * self._batch
+        left = self._steps - step
+        steps = self._staleness + 1
+        if not self._past_the_end or left <= 0:
+            steps = min(steps, left)
+        most = steps * self._batch
         return max(most - len(self.running) - len(self.ready), 0)
 
     def add(self, group: FlowGroup) -> None:
