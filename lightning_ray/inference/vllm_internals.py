@@ -286,7 +286,10 @@ async def load_weights(
     whole = False
     try:
         async with asyncio.timeout(timeout_s):
-            await engine.pause_generation(mode="keep", clear_cache=True)
+            # `pause_generation` less 20 ms of sleep in which the last outputs arrive: here each
+            # says which version it is of.
+            await engine.renderer.clear_mm_cache_async()
+            await engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
             # A bare load_weights would leave what a CPU computes with, packed at the start.
             what: tuple[Any, ...] = ()
             if handed is not None:

@@ -53,19 +53,20 @@ class MemoryFile:
         self.tensors: dict[str, Tensor] = {}
         """What is in it; they change with the next `write`."""
 
-    def write(self, tensors: Mapping[str, Tensor]) -> str:
-        """Replaces what is there; returns the `Checksum` of the tensors.
+    def write(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+        """Replaces what is there, all in `dtype` if one is given; returns the `Checksum` of it.
 
         The format: https://huggingface.co/docs/safetensors, section "Format".
         """
+        types = {name: dtype or tensor.dtype for name, tensor in tensors.items()}
         # By falling size of the type, so that every tensor begins where its type may.
-        ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+        ordered = sorted(tensors.items(), key=lambda item: (-types[item[0]].itemsize, item[0]))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, tensor in ordered:
-            begin, end = end, end + tensor.numel() * tensor.element_size()
+            begin, end = end, end + tensor.numel() * types[name].itemsize
             header[name] = {
-                "dtype": _TYPES[tensor.dtype],
+                "dtype": _TYPES[types[name]],
                 "shape": list(tensor.shape),
                 "data_offsets": [begin, end],
             }
@@ -78,14 +79,15 @@ class MemoryFile:
         checksum = Checksum()
         for name, tensor in ordered:
             if not tensor.numel():
-                checksum.add(name, tensor)
-                self.tensors[name] = tensor
+                self.tensors[name] = tensor.to(types[name])
+                checksum.add(name, self.tensors[name])
                 continue
             place = 8 + len(text) + header[name]["data_offsets"][0]
             there = torch.frombuffer(
-                self._map, dtype=tensor.dtype, count=tensor.numel(), offset=place
+                self._map, dtype=types[name], count=tensor.numel(), offset=place
             ).view(tensor.shape)
             there.copy_(tensor)
+            # While a core's cache has it still.
             checksum.add(name, there)
             self.tensors[name] = there
         return checksum.hexdigest()
@@ -141,9 +143,10 @@ class Additions:
 class Outgoing:
     """Hands versions over, one after the other."""
 
-    def __init__(self, base: Path):
-        """`base` is the folder of the model that the weights are of."""
+    def __init__(self, base: Path, dtype: torch.dtype):
+        """`base` is the folder of the model that the weights are of, `dtype` how they travel."""
         self._base = base
+        self._dtype = dtype
         self._memory: MemoryFile | None = None
         self._gpu = GpuMemory()
         self._gpu_wanted: set[str] = set()
@@ -165,8 +168,7 @@ class Outgoing:
         called for the version before. With `additions` the tensors are such, and what these write
         lies on disk.
         """
-        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        nbytes = sum(tensor.numel() for tensor in tensors.values()) * self._dtype.itemsize
         # There from the beginning: the number is taken, whatever happens now.
         partial = partial_folder(target)
         if self._memory is None:
@@ -176,19 +178,21 @@ class Outgoing:
         base, scale = (str(self._base), additions.scale) if additions else ("", 0.0)
         if way is Way.gpu_memory:
             try:
-                digest, there = self._gpu.write(tensors)
+                digest, there = self._gpu.write(
+                    {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+                )
             except InfrastructureError as error:
                 log.warning("%s; the weights go by shared memory", error)
                 way = Way.shared_memory
             else:
                 self._gpu_wanted = {"reader", "writer"}
-                self._write_beside(memory, partial, dtype, additions, digest)
+                self._write_beside(memory, partial, additions, digest)
                 return Handed(str(target), digest, nbytes, "", _node(), (), base, scale, there)
-        digest = memory.write(tensors)
+        digest = memory.write(tensors, self._dtype)
         if way is Way.disk:
-            self._write(memory, partial, dtype, additions)
+            self._write(memory, partial, additions)
             return Handed(str(target), digest, nbytes)
-        self._write_beside(memory, partial, dtype, additions)
+        self._write_beside(memory, partial, additions)
         data: tuple[Any, ...] = ()
         if way is Way.object_store:
             import ray
@@ -232,7 +236,6 @@ class Outgoing:
         self,
         memory: MemoryFile,
         partial: Path,
-        dtype: str,
         additions: Additions | None,
         in_gpu: str = "",
     ) -> None:
@@ -246,7 +249,7 @@ class Outgoing:
                 raise InfrastructureError("what came from the GPU is not what was handed over")
         if additions is None:
             memory.copy_to(partial / WEIGHTS)
-            copy_companions(self._base, partial, dtype)
+            copy_companions(self._base, partial, str(self._dtype).removeprefix("torch."))
         else:
             additions.write(partial, memory.tensors)
         commit_folder(partial, self._target)

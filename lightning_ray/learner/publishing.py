@@ -41,7 +41,7 @@ class Publisher:
         self._base = base
         self._lora = lora
         self._adapter = bool(lora.rank) and lora.publish == "adapter"
-        self._outgoing = Outgoing(base)
+        self._outgoing = Outgoing(base, dtype)
         if self._adapter and not self._travelling(model.state_dict()):
             raise UserError(
                 "learner.lora.publish=adapter: the files of this model name its weights otherwise "
@@ -64,7 +64,11 @@ class Publisher:
         are what is published.
         """
         stays = way is Way.gpu_memory
-        weights = whole_weights(self._model, self._dtype, self._first, False, not stays)
+        # Where nothing is computed with them first, they change their type as they are written.
+        convert = stays or bool(self._lora.rank)
+        weights = whole_weights(
+            self._model, self._dtype, self._first, copy=False, on_cpu=not stays, convert=convert
+        )
         handed = None
         if self._first:
             small = way is not Way.disk or self._adapter
@@ -148,12 +152,18 @@ def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def whole_weights(
-    model: nn.Module, dtype: torch.dtype, wanted: bool, copy: bool = True, on_cpu: bool = True
+    model: nn.Module,
+    dtype: torch.dtype,
+    wanted: bool,
+    copy: bool = True,
+    on_cpu: bool = True,
+    convert: bool = True,
 ) -> dict[str, Tensor]:
     """Every weight on this rank's CPU, or where it is whole, by name; nothing if not `wanted`.
 
-    Without `copy` they are the model's own where they can be, and change with it. All ranks call
-    it at the same time: with ZeRO 3 each has a part of every weight.
+    Without `copy` they are the model's own where they can be, and change with it; without `convert`
+    those keep their type. All ranks call it at the same time: with ZeRO 3 each has a part of every
+    weight.
     """
     weights: dict[str, Tensor] = {}
     copied: dict[int, Tensor] = {}
@@ -166,7 +176,10 @@ def whole_weights(
                 if id(value) not in copied:
                     # On a GPU there need not be room for the whole model.
                     device = torch.device("cpu") if on_cpu or own else value.device
-                    copied[id(value)] = value.detach().to(device, dtype, copy=own)
+                    # What has to move is made small first.
+                    stays = not own and value.device == device
+                    kind = value.dtype if stays and not convert else dtype
+                    copied[id(value)] = value.detach().to(device, kind, copy=own)
                 weights[name] = copied[id(value)]
     return weights
 

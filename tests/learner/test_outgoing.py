@@ -81,9 +81,27 @@ def test_a_checksum_is_of_what_is_there_and_not_of_its_order(
         assert digest({**found, name: damaged}) != digest(found)
 
 
-def test_a_checksum_finds_values_that_changed_places() -> None:
-    values = torch.arange(8, dtype=torch.float32)
-    swapped = values[[2, 3, 0, 1, 4, 5, 6, 7]]
+@given(tensors(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_tensors_change_their_type_as_they_are_written(
+    memory: MemoryFile, given_ones: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    wanted = {name: tensor.to(dtype) for name, tensor in given_ones.items()}
+    assert memory.write(given_ones, dtype) == digest(wanted)
+    found = read(memory.path)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == dtype and torch.equal(found[name], tensor)
+
+
+@given(st.sampled_from([8, 32, 50, 500]), st.data())
+def test_a_checksum_finds_neighbours_that_changed_places(size: int, data: st.DataObject) -> None:
+    values = torch.arange(size, dtype=torch.float32)
+    place = 2 * data.draw(st.integers(0, size // 2 - 2))
+    swapped = values.clone()
+    swapped[place : place + 2], swapped[place + 2 : place + 4] = (
+        values[place + 2 : place + 4],
+        values[place : place + 2],
+    )
     assert digest({"w": values}) != digest({"w": swapped})
 
 
@@ -96,7 +114,7 @@ def model(tmp_path: Path) -> Path:
 def test_a_version_is_handed_over_and_then_lies_on_disk(
     model: Path, tmp_path: Path, way: Way
 ) -> None:
-    outgoing = Outgoing(model)
+    outgoing = Outgoing(model, torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for number in (1, 2):
         with torch.no_grad():
@@ -121,7 +139,7 @@ def test_a_version_is_handed_over_and_then_lies_on_disk(
 def test_a_version_that_cannot_be_written_is_said_when_it_is_settled(
     model: Path, tmp_path: Path
 ) -> None:
-    outgoing = Outgoing(model)
+    outgoing = Outgoing(model, torch.float32)
     (model / "config.json").unlink()
     target = tmp_path / "versions" / "1"
     handed = outgoing.hand_over(target, {"w": torch.ones(3)}, Way.shared_memory)
