@@ -82,6 +82,7 @@ class Both:
             str(path), self._version, handed=handed, by_store=way is Way.object_store
         )
         whole = time.monotonic() - begun
+        self._learner.taken(handed)
         self._learner.settle(WITHIN_S)
         settled = time.monotonic() - begun
         shutil.rmtree(path)

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lightning_ray.errors import InfrastructureError, UserError
 from lightning_ray.inference.config import InferenceConfig
 from lightning_ray.inference.engine import EngineState, InferenceEngine
-from lightning_ray.inference.lifeline import BLOCK_TOKENS, LIFELINE, SPIN
+from lightning_ray.inference.lifeline import BLOCK_TOKENS, HEADS, LIFELINE, SPIN
 from lightning_ray.policies.handover import Handed
 from lightning_ray.spans import SpanClient
 
@@ -319,6 +319,7 @@ def engine_environment(config: InferenceConfig) -> dict[str, str]:
         # Whatever spins there takes a core from what computes.
         found[SPIN] = "0.0005"
         found[BLOCK_TOKENS] = "16"
+        found[HEADS] = "1"
     return found
 
 

@@ -1,5 +1,5 @@
-"""What vLLM's own processes are taught: to end with the engine's actor, to wait asleep, and to keep
-short blocks.
+"""What vLLM's own processes are taught: to end with the engine's actor, to wait asleep, to keep
+short blocks, and a head in float32 (`heads.py`).
 
 vLLM runs its core and its workers in child processes. When Ray kills the actor, they would be left
 behind. And they wait for each other awake: for a second after every message, which on a processor
@@ -24,6 +24,9 @@ BLOCK_TOKENS = "LIGHTNING_RAY_BLOCK_TOKENS"
 """Set to what the blocks of a processor's cache may be multiples of, tokens, where vLLM's own 32 is
 too much."""
 
+HEADS = "LIGHTNING_RAY_KEEP_HEADS"
+"""Set where heads are computed on a processor."""
+
 LOOK_EVERY_MS = 10
 """Who waits asleep looks this often whether there is something after all: no more than a hundredth
 of a processor's time."""
@@ -40,6 +43,11 @@ def teach() -> None:
         wait_asleep(float(os.environ[SPIN]))
     if BLOCK_TOKENS in os.environ:
         keep_blocks_of(int(os.environ[BLOCK_TOKENS]))
+    if HEADS in os.environ and multiprocessing.parent_process() is not None:
+        # In the actor itself nothing is computed.
+        from lightning_ray.inference.heads import keep_heads
+
+        keep_heads()
 
 
 def wait_asleep(spin_s: float) -> None:

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader import get_model_loader
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.inference import heads
 from lightning_ray.policies.adapters import read_adapter
 from lightning_ray.policies.additions import with_additions
 from lightning_ray.policies.gpu_memory import GpuWeights, opened
@@ -91,12 +92,17 @@ class ReplaceWeights:
             device = next(self.get_model().parameters()).device  # type: ignore[attr-defined]
             additions = {name: tensor.to(device) for name, tensor in weights}
             weights = with_additions(self._of_folder(base), additions, scale)
+        heads.forget()
         self.reload_weights(weights_iterator=weights)  # type: ignore[attr-defined]
         if digest and (found := checksum.hexdigest()) != digest:
             raise InfrastructureError(
                 f"the weights of {folder} did not arrive as they were sent: their checksum is "
                 f"{found[:12]} and not {digest[:12]}"
             )
+        settings: Any = self.vllm_config.model_config  # type: ignore[attr-defined]
+        if settings.head_dtype != settings.dtype:
+            # Then what was packed of the head is not what it is computed with; see `heads`.
+            return
         model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
         for module in model.modules():
             method = getattr(module, "quant_method", None)

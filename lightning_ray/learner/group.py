@@ -121,9 +121,17 @@ class LearnerGroup:
         found: str = self._get([self._workers[0].gpu.remote()], timeout_s, "the learner's GPU")[0]
         return found
 
-    def taken(self, timeout_s: float = 30.0) -> None:
-        """Every engine has what was handed over: the learner keeps it for nobody any longer."""
-        self._get([self._workers[0].taken.remote()], timeout_s, "the learner's GPU to be cleared")
+    def taken(self, handed: Handed, timeout_s: float = 30.0) -> None:
+        """Every engine has what was handed over: the learner keeps it for nobody any longer.
+
+        Raises InfrastructureError when that does not give a GPU's memory back in time.
+        """
+        if not self._workers:
+            raise InfrastructureError("the learner was stopped before every engine had its weights")
+        told = self._workers[0].taken.remote()
+        if handed.gpu is not None:
+            self._get([told], timeout_s, "the learner's GPU to be cleared")
+        # Else a learner that died is told of by whoever needs it next.
 
     def settle(self, timeout_s: float) -> None:
         """Wait until what was handed over last lies on disk, whole.

@@ -39,6 +39,9 @@ _TYPES = {
     torch.bool: "BOOL",
 }
 _COPY_BYTES = 1 << 26
+UNDISTURBED_S = 2.0
+"""How long engines load a version before it is written to disk beside them, where nobody says that
+they are done: one that starts meanwhile waits for the folder."""
 
 
 class MemoryFile:
@@ -152,6 +155,7 @@ class Outgoing:
         self._gpu_wanted: set[str] = set()
         self._gpu_lock = threading.Lock()
         self._writing: threading.Thread | None = None
+        self._may_write = threading.Event()
         self._failed: Exception | None = None
         self._target = Path()
 
@@ -175,6 +179,7 @@ class Outgoing:
             self._memory = MemoryFile()
         memory = self._memory
         self._target = target
+        self._may_write.clear()
         base, scale = (str(self._base), additions.scale) if additions else ("", 0.0)
         if way is Way.gpu_memory:
             try:
@@ -186,6 +191,8 @@ class Outgoing:
                 way = Way.shared_memory
             else:
                 self._gpu_wanted = {"reader", "writer"}
+                # The GPU's memory is wanted back.
+                self._may_write.set()
                 self._write_beside(memory, partial, additions, digest)
                 return Handed(str(target), digest, nbytes, "", _node(), (), base, scale, there)
         digest = memory.write(tensors, self._dtype)
@@ -206,6 +213,7 @@ class Outgoing:
         Raises InfrastructureError when that fails or takes longer.
         """
         if self._writing is not None:
+            self._may_write.set()
             self._writing.join(timeout_s)
             if self._writing.is_alive():
                 raise InfrastructureError(f"{self._target} was not written within {timeout_s:g} s")
@@ -217,7 +225,11 @@ class Outgoing:
             raise InfrastructureError(f"{self._target} could not be written: {failed}") from failed
 
     def taken(self) -> None:
-        """Every engine has the version that was handed over: a GPU's memory is no longer needed."""
+        """Every engine has the version that was handed over.
+
+        A GPU's memory is no longer needed, and writing to disk disturbs nobody.
+        """
+        self._may_write.set()
         self._free("reader")
 
     def _free(self, by: str) -> None:
@@ -255,6 +267,8 @@ class Outgoing:
         commit_folder(partial, self._target)
 
     def _write_quietly(self, *what: Any) -> None:
+        # Two cores, or the way to memory, are soon taken: calls wait while engines load.
+        self._may_write.wait(UNDISTURBED_S)
         try:
             self._write(*what)
         except Exception as error:  # noqa: BLE001 (told to who settles)

@@ -150,8 +150,7 @@ class Trainee:
             # was lost, which this says.
             self._parts.learners[self.name].settle(PUBLISH_TIMEOUT_S)
             raise
-        if handed.gpu is not None:
-            self._parts.learners[self.name].taken()
+        self._parts.learners[self.name].taken(handed)
         state.version = number
         state.published.append(number)
 

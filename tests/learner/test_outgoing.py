@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_ray.errors import InfrastructureError
+from lightning_ray.learner import outgoing as outgoing_module
 from lightning_ray.learner.outgoing import MemoryFile, Outgoing, checkpoint_tensors
 from lightning_ray.policies.handover import Checksum, Way
 
@@ -134,6 +136,37 @@ def test_a_version_is_handed_over_and_then_lies_on_disk(
             assert torch.equal(again.state_dict()[name], value), name
         assert (target / "tokenizer.json").is_file() is (model / "tokenizer.json").is_file()
     assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_version_is_written_once_engines_have_it_or_nobody_says_so_for_long(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    monkeypatch.setattr(outgoing_module, "UNDISTURBED_S", 60.0 if told else 0.5)
+    outgoing = Outgoing(model, torch.float32)
+    for number in (1, 2):
+        target = tmp_path / "versions" / str(number)
+        outgoing.hand_over(target, {"w": torch.full((3,), float(number))}, Way.shared_memory)
+        time.sleep(0.2)
+        assert not target.is_dir()
+        if told:
+            outgoing.taken()
+        deadline = time.monotonic() + 10.0
+        while not target.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert target.is_dir()
+        outgoing.settle(10.0)
+        assert load_file(target / "model.safetensors")["w"].tolist() == [number] * 3
+
+
+def test_who_settles_waits_for_nobody_to_say_that_engines_have_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outgoing_module, "UNDISTURBED_S", 60.0)
+    outgoing = Outgoing(model, torch.float32)
+    outgoing.hand_over(tmp_path / "versions" / "1", {"w": torch.ones(3)}, Way.shared_memory)
+    outgoing.settle(10.0)
+    assert (tmp_path / "versions" / "1").is_dir()
 
 
 def test_a_version_that_cannot_be_written_is_said_when_it_is_settled(
