@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import astuple, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ class Worker(worker_extension.ReplaceWeights):
     def __init__(self):
         self.loaded = {}
         self.read = []
+        model = SimpleNamespace(dtype=torch.float32, head_dtype=torch.float32)
+        self.vllm_config = SimpleNamespace(model_config=model)
 
     def reload_weights(self, weights_iterator):
         self.loaded = dict(weights_iterator)
