@@ -133,6 +133,11 @@ def checkpoint_tensors(model: Any, weights: dict[str, Tensor]) -> dict[str, Tens
     return found
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """What a model's configuration calls a type."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Additions:
     """What is handed over is added to the base model's weights by whoever takes it on."""
@@ -261,7 +266,7 @@ class Outgoing:
                 raise InfrastructureError("what came from the GPU is not what was handed over")
         if additions is None:
             memory.copy_to(partial / WEIGHTS)
-            copy_companions(self._base, partial, str(self._dtype).removeprefix("torch."))
+            copy_companions(self._base, partial, type_name(self._dtype))
         else:
             additions.write(partial, memory.tensors)
         commit_folder(partial, self._target)

@@ -20,7 +20,13 @@ from lightning_ray.learner.lora import (
     sent_names,
     write_adapter,
 )
-from lightning_ray.learner.outgoing import WEIGHTS, Additions, Outgoing, checkpoint_tensors
+from lightning_ray.learner.outgoing import (
+    WEIGHTS,
+    Additions,
+    Outgoing,
+    checkpoint_tensors,
+    type_name,
+)
 from lightning_ray.policies.additions import weight_of
 from lightning_ray.policies.handover import Handed, Way
 
@@ -97,7 +103,7 @@ class Publisher:
     ) -> None:
         whole = self._whole(weights, names, sent)
         save_file(whole, folder / WEIGHTS, {"format": "pt"})
-        copy_companions(self._base, folder, _named(self._dtype))
+        copy_companions(self._base, folder, type_name(self._dtype))
 
     def _whole(
         self, weights: dict[str, Tensor], names: dict[str, str], sent: dict[str, Tensor]
@@ -136,10 +142,6 @@ class Publisher:
     def settle(self, timeout_s: float) -> None:
         """Waits until what was handed over lies on disk; see `Outgoing.settle`."""
         self._outgoing.settle(timeout_s)
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _on_cpu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -203,4 +205,4 @@ def write_model(
             return
         weights = merged_weights(weights, lora)
     model.save_pretrained(folder, state_dict=weights)
-    copy_companions(base, folder, _named(dtype))
+    copy_companions(base, folder, type_name(dtype))

@@ -142,7 +142,7 @@ def test_a_version_is_handed_over_and_then_lies_on_disk(
 def test_a_version_is_written_once_engines_have_it_or_nobody_says_so_for_long(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
-    monkeypatch.setattr(outgoing_module, "UNDISTURBED_S", 60.0 if told else 0.5)
+    monkeypatch.setattr(outgoing_module, "UNDISTURBED_S", 60.0 if told else 1.5)
     outgoing = Outgoing(model, torch.float32)
     for number in (1, 2):
         target = tmp_path / "versions" / str(number)
